@@ -1,0 +1,89 @@
+"""English that comes with every Python: the language reference of pydoc, and the standard library's docstrings.
+
+About 2 MB, for a first run without a download. Source files are parsed, never imported.
+"""
+
+import ast
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.text import one_a_line
+from mslt.errors import MsltError
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+TOPICS = "pydoc_data/topics.py"
+UNDERLINE = re.compile(r"^\s*([=\-~^*\"'`#+_.])\1{2,}\s*$")
+CODE_LINE = re.compile(r"^\s*(>>>|\.\.\. |\.\.\.$|\.\. |\$ |[|+]--|Traceback \()|::=|^\s*(from \S+ )?import \S+$")
+LITERAL = re.compile(r"``?([^`]+)``?|:[a-z:]+:`~?([^`]+)`")
+BULLET = re.compile(r"^\s*([*\-+]|\d+[.)])\s+")
+CODE_CHARACTERS = re.compile(r"[=(){}\[\]<>_@|\\/:;+*#%$&~^\d]")
+# Share of code characters at which a paragraph is taken for code, a table or a signature, and words below which
+# a paragraph is no prose; read by eye over 3.11's library.
+MAX_CODE_SHARE = 0.08
+MIN_WORDS = 4
+
+
+def find_files(root: Path) -> list[Path]:
+    """Python files of a standard library folder, without tests and installed packages, sorted."""
+    if not root.is_dir():
+        raise MsltError(f"{root}: no such folder; leave `path` out to read this Python's own library")
+    files = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
+    if not files:
+        raise MsltError(f"{root}: no .py file; leave `path` out to read this Python's own library")
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def read_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """One document for each topic of the language reference, and one for each source file."""
+    if path.as_posix().endswith(TOPICS):
+        for name, text in sorted(read_topics(path).items()):
+            yield name, clean_docstring(text)
+    else:
+        yield "", "\n".join(filter(None, map(clean_docstring, docstrings(path))))
+
+
+def read_topics(path: Path) -> dict[str, str]:
+    for node in parse(path).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics: dict[str, str] = ast.literal_eval(node.value)
+            return topics
+    raise MsltError(f"{path}: holds no dict of topics; leave `path` out to read this Python's own library")
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise MsltError(f"{path}: not Python of this version ({error}); take it out of the source") from error
+
+
+def clean_docstring(text: str) -> str:
+    """Prose paragraphs, one a line: without doctests, section underlines, grammar and code."""
+    blocks: list[list[str]] = [[]]
+    for line in inspect.cleandoc(text).split("\n"):
+        if UNDERLINE.match(line) or CODE_LINE.search(line):
+            blocks.append([])
+            continue
+        if not line.strip() or BULLET.match(line):
+            blocks.append([])
+        blocks[-1].append(BULLET.sub("", line))
+    joined = (LITERAL.sub(r"\1\2", " ".join(block)).replace("::", ":") for block in blocks)
+    return one_a_line(filter(is_prose, joined))
+
+
+def is_prose(paragraph: str) -> bool:
+    words = paragraph.split()
+    return len(words) >= MIN_WORDS and len(CODE_CHARACTERS.findall(paragraph)) <= MAX_CODE_SHARE * len(paragraph)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# From nothing to a grown BERT and its baseline, on this machine. Run again, it goes on where it stopped.
+#
+#   bash launch/quickstart.sh               English text that every Python ships
+#   bash launch/quickstart.sh --text DIR    your own folder of .txt, .md or .rst files
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+text=
+case "${1:-}" in
+  "") ;;
+  --text) text=${2:?"--text needs a folder"} && text=$(cd "$OLDPWD" && realpath "$text") ;;
+  *) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac
+
+. launch/environment.sh
+
+out=runs/quickstart
+if [ -n "$text" ]; then
+  out=runs/quickstart-$(basename "$text")-$(printf %s "$text" | cksum | cut -d ' ' -f 1)
+  mslt data prepare --text "$text" --vocab-size 4096 "$out/shards"
+else
+  mslt data prepare data-quickstart "$out/shards"
+fi
+
+workers=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+mslt train quickstart --shards "$out/shards" --run-dir "$out/mslt" --workers "$workers"
+mslt train quickstart-full --shards "$out/shards" --run-dir "$out/full" --workers "$workers"
+
+mslt compare "$out/full" "$out/mslt" --picture "$out/curves.png"
+echo "checkpoint:  $out/mslt/stage-4/model"
+echo "TensorBoard: tensorboard --logdir $out"

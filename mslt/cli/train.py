@@ -1,0 +1,48 @@
+"""`mslt train`: the parent process of a run."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe (*.yaml), or the name of one shipped with mslt.")],
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME.", show_default=False)] = None,
+    shards: Annotated[
+        Path | None, typer.Option(help="Shard folder, instead of the recipe's data.shards.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine. Default: one a GPU, or one.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a recipe, or go on where it stopped: the same command again continues."""
+    from mslt.errors import MsltError
+    from mslt.launcher import launch, open_recipe
+    from mslt.rundir import read_summaries
+
+    opened = open_recipe(recipe, run_dir, shards)
+    plan, run = opened.plan, opened.run
+    while (unfinished := run.first_unfinished(plan)) is not None:
+        if workers is None:
+            workers = _default_workers()
+        status = launch(recipe, run.path, opened.shards, workers)
+        if run.first_unfinished(plan) == unfinished:
+            raise MsltError(
+                f"{run.path}: stopped in stage {unfinished + 1} of {len(plan.stages)} (launcher's status {status}, the "
+                "reason stands above); the same command again goes on from the last checkpoint"
+            )
+    last = read_summaries(run)[-1]["evaluation_after"]
+    print(
+        f"{run.path}: all {len(plan.stages)} stages done, held-out MLM loss {last['mlm_loss']:.4f}, "
+        f"NSP {last['nsp_loss']:.4f}; model in {run.stage(len(plan.stages) - 1).model}",
+        file=sys.stderr,
+    )
+
+
+def _default_workers() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)

@@ -1,0 +1,45 @@
+"""The bare worker: one process of a run, started by the DeepSpeed launcher (or any that sets RANK and the rest)."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Train what is not DONE of the plan in the run directory. Exit status 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", help="path or name of the recipe")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
+    parser.add_argument("--shards", type=Path, help="shard folder, instead of the recipe's data.shards")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
+    options = parser.parse_args()
+
+    from mslt.errors import MsltError
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _work(options.recipe, options.run_dir, options.shards)
+    except MsltError as error:
+        print(f"mslt: rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.flush()
+        os._exit(2)  # other ranks may wait in a collective that this one will never join
+
+
+def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
+    from mslt.engine.engine import quiet, start_workers
+    from mslt.launcher import open_recipe
+    from mslt.train import train
+
+    quiet()
+    workers = start_workers()
+    if workers.rank > 0:  # rank 0 makes the run directory, the others find it
+        workers.barrier()
+    opened = open_recipe(recipe, run_dir, shards)
+    if workers.rank == 0:
+        workers.barrier()
+    train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers)
+
+
+if __name__ == "__main__":
+    main()

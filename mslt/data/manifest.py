@@ -1,0 +1,156 @@
+"""manifest.json of a shard folder: what the shards hold, what they were made from, how to check them.
+
+Nothing in it varies between two runs over the same input, so that equal corpora have equal hashes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from mslt.errors import MsltError
+from mslt.files import canonical_json, sha256_file, sha256_text, write_json
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILE = "tokenizer.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One source of the recipe. `documents` and `bytes` (UTF-8) count its text before short documents are dropped."""
+
+    kind: str
+    path: str
+    files: int
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decided which documents are kept, and how many it cost over all sources."""
+
+    validation_share: float
+    min_document_tokens: int
+    dropped_empty_documents: int
+    dropped_short_documents: int
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """`sha256` is of tokenizer.json as stored in the shard folder."""
+
+    sha256: str
+    vocab_size: int
+    lowercase: bool
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    file: str
+    documents: int
+    sentences: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    documents: int
+    sentences: int
+    tokens: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`unigram_entropy_nats`: cross-entropy, in nats a token, of the validation split under the unigram
+    distribution of the train split with add-one smoothing: the loss of a model that knows nothing but how
+    often each token occurs. None without a validation split."""
+
+    format_version: int
+    recipe_sha256: str
+    sources: tuple[SourceEntry, ...]
+    rules: Rules
+    tokenizer: TokenizerEntry
+    splits: Mapping[str, SplitEntry]
+    unigram_entropy_nats: float | None
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON: the identity of the corpus."""
+        return sha256_text(canonical_json(dataclasses.asdict(self)))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST_FILE, dataclasses.asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json and check that the folder still fits it: every shard there and of its size, the
+    tokenizer the one the shards were made with. Bytes are not checksummed here: that is `mslt data verify`.
+    Raises MsltError."""
+    manifest = parse_manifest(folder)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            check_size(folder / shard.file, shard)
+    check_tokenizer(folder, manifest.tokenizer)
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    if not folder.is_dir():
+        raise MsltError(f"{folder}: no such folder; make the shards with `mslt data prepare`")
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise MsltError(
+            f"{folder}: holds no {MANIFEST_FILE}, so it is no finished shard folder; "
+            "make the shards with `mslt data prepare`"
+        )
+    remedy = "restore the file, or remove the folder and prepare the shards anew with `mslt data prepare`"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MsltError(f"{path}: not JSON ({error}); {remedy}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        way = "upgrade mslt" if version > FORMAT_VERSION else "prepare the shards anew"
+        raise MsltError(f"{path}: format version {version}, this mslt reads {FORMAT_VERSION}; {way}")
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(raw)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise MsltError(f"{path}: {faults}; {remedy}") from error
+    for name in SPLITS:
+        if name not in manifest.splits:
+            raise MsltError(f"{path}: splits.{name} is missing; {remedy}")
+    return manifest
+
+
+def check_size(path: Path, shard: ShardEntry) -> None:
+    remedy = "restore the file, or remove the folder and prepare the shards anew"
+    if not path.is_file():
+        raise MsltError(f"{path}: missing, though the manifest lists it; {remedy}")
+    size_bytes = path.stat().st_size
+    if size_bytes != shard.bytes:
+        raise MsltError(f"{path}: {size_bytes} bytes, the manifest says {shard.bytes}; {remedy}")
+
+
+def check_tokenizer(folder: Path, entry: TokenizerEntry) -> None:
+    path = folder / TOKENIZER_FOLDER / TOKENIZER_FILE
+    remedy = "prepare the shards anew or restore the tokenizer"
+    if not path.is_file():
+        raise MsltError(f"{path}: missing; {remedy}")
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise MsltError(
+            f"{path}: shards were made with another tokenizer: sha256 {entry.sha256}, "
+            f"the folder holds {found}; {remedy}"
+        )

@@ -1,0 +1,74 @@
+"""Model files: the stage base (one safetensors file, fp32) and the model folder (plain Hugging Face)."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from mslt.data import keyed
+from mslt.errors import MsltError
+from mslt.files import sha256_file, whole_file, whole_folder, write_json
+from mslt.models import families
+from mslt.models.factory import fill, own_state, read_model
+from mslt.models.surgery import State, num_layers, rebuild
+from mslt.provenance import provenance
+from mslt.schedule import Sources
+
+WEIGHT_FILES = ("model", "pytorch_model", "tf_model", "flax_model", "provenance.json")
+
+
+def save_state(path: Path, state: State) -> None:
+    with whole_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+
+
+def load_state(path: Path) -> State:
+    return load_file(path)
+
+
+def save_base(path: Path, description: Path, state: State, origin: dict[str, Any]) -> None:
+    """Write what a stage starts from, then the description that commits it: sha256 and where it comes from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_state(path, state)
+    write_json(description, {"sha256": sha256_file(path), **origin})
+
+
+def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, provenance: dict[str, Any]) -> None:
+    """A folder that `AutoModelForPreTraining.from_pretrained` and `AutoTokenizer.from_pretrained` load as it is."""
+    with whole_folder(path) as temporary:
+        model.save_pretrained(temporary)
+        for file in tokenizer.iterdir():
+            shutil.copy(file, temporary / file.name)
+        (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[int, int]:
+    """Rebuild the checkpoint in `source` by an index map and write it to `out`, with all other files carried over.
+
+    Returns the number of layers before and after. MsltError when `out` exists or `sources` names no layer of it.
+    """
+    if out.exists():
+        raise MsltError(f"{out}: exists; name a folder that does not")
+    model = read_model(source)
+    family = families.family_of(model.config)
+    before = own_state(model)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(sources)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed.torch_seed(seed, "initialise", 0))
+        grown = type(model)(config)
+    fill(grown, rebuild(before, sources, family, own_state(grown)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(out) as temporary:
+        grown.save_pretrained(temporary)
+        for file in source.iterdir():
+            if file.is_file() and not (temporary / file.name).exists() and not file.name.startswith(WEIGHT_FILES):
+                shutil.copy(file, temporary / file.name)
+        origin = {"parent": str(source), "sources": sources, **provenance()}
+        (temporary / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+    return num_layers(before, family), len(sources)

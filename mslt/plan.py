@@ -1,0 +1,143 @@
+"""The plan: a list of stages as plain data. Everything a run will do is decided here, before the first tensor.
+
+Layers are indexed from 0, as in Hugging Face's keys. A slot is a part that trains or stays frozen as one:
+`embeddings`, `layer.0` … `layer.{depth-1}`, `pooler`, `mlm_head` (transform and bias; the decoder's weight is tied
+to the word embeddings and belongs to `embeddings`), `nsp_head`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from mslt.config import DataConfig, ModelConfig, NonNegativeInt, OptimizerConfig, PositiveInt
+from mslt.files import canonical_json, sha256_text
+from mslt.validation import Frozen
+
+HEAD_SLOTS = ("pooler", "mlm_head", "nsp_head")
+
+
+def layer_slots(first_index: int, end_index: int) -> tuple[str, ...]:
+    return tuple(f"layer.{index}" for index in range(first_index, end_index))
+
+
+def all_slots(depth: int) -> tuple[str, ...]:
+    return ("embeddings", *layer_slots(0, depth), *HEAD_SLOTS)
+
+
+def lowest_graph_layer(trainable: tuple[str, ...], depth: int) -> int:
+    """The boundary: the lowest layer that needs a graph, -1 for the embeddings, `depth` when only heads train.
+
+    Hidden state k (0 is the embedding output, k+1 the output of layer k) carries a graph exactly when k exceeds it.
+    """
+    if "embeddings" in trainable:
+        return -1
+    return min((int(slot.split(".")[1]) for slot in trainable if slot.startswith("layer.")), default=depth)
+
+
+class LearningRate(Frozen):
+    """Linear warm-up, then linear to 0: a schedule of `total_steps`, entered by this stage at `first_step`."""
+
+    peak: float
+    warmup_steps: NonNegativeInt
+    total_steps: PositiveInt
+    first_step: NonNegativeInt
+
+
+class Stage(Frozen):
+    """One stretch of training with a fixed depth and a fixed trainable set.
+
+    `sources` has one entry for each layer: the index of the layer of the stage before that it copies, or `random`.
+    `first_sample` is the position in the data: samples consumed before this stage, counted on over stages.
+    """
+
+    depth: PositiveInt
+    sources: tuple[NonNegativeInt | Literal["random"], ...]
+    trainable: tuple[str, ...]
+    frozen_dropout: bool
+    optimizer_state: Literal["reset"]
+    steps: PositiveInt
+    learning_rate: LearningRate
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    sequence_length: PositiveInt
+    first_sample: NonNegativeInt
+    seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def slots_exist(self) -> "Stage":
+        if len(self.sources) != self.depth:
+            raise ValueError(f"sources has {len(self.sources)} entries for depth {self.depth}")
+        unknown = set(self.trainable) - set(all_slots(self.depth))
+        if unknown:
+            raise ValueError(f"trainable names no slot of a {self.depth}-layer model: {', '.join(sorted(unknown))}")
+        if not self.trainable:
+            raise ValueError("trainable is empty: nothing would be learned")
+        return self
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(slot for slot in all_slots(self.depth) if slot not in self.trainable)
+
+
+class Plan(Frozen):
+    """What a run directory holds it to: two plans with the same digest give the same model.
+
+    `shards_sha256` is the hash of the shards' manifest, None while no shards were looked at.
+    `engine` is the DeepSpeed configuration that the engine adds to (ZeRO stage, precision, communication).
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    shards_sha256: str | None
+    optimizer: OptimizerConfig
+    clip_norm: float
+    engine: dict[str, Any]
+    stages: tuple[Stage, ...]
+
+    @model_validator(mode="after")
+    def sources_exist(self) -> "Plan":
+        depth = 0
+        for number, stage in enumerate(self.stages, 1):
+            missing = [source for source in stage.sources if source != "random" and source >= depth]
+            if missing:
+                raise ValueError(f"stages.{number}: sources {missing} do not exist in the {depth} layers before it")
+            depth = stage.depth
+        return self
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def first_step(self, stage_index: int) -> int:
+        """Optimizer steps of all stages before `stage_index`."""
+        return sum(stage.steps for stage in self.stages[:stage_index])
+
+    def digest(self) -> str:
+        """sha256 over everything that decides what is learned. Where the shards lie does not."""
+        return sha256_text(canonical_json(self.model_dump(mode="json", exclude={"data": {"shards"}})))
+
+
+def difference(old: Plan, new: Plan) -> list[str]:
+    """One line for each value that differs, as `path: old → new`."""
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before.pop("data.shards"), after.pop("data.shards")
+    return [
+        f"{path}: {before.get(path, '(absent)')} → {after.get(path, '(absent)')}"
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested plain data as one flat dict; lists of scalars stay whole, lists of stages count from 1."""
+    if isinstance(value, dict):
+        children = [(str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        children = [(str(number), child) for number, child in enumerate(value, 1)]
+    else:
+        return {path: value}
+    return {
+        leaf: found
+        for key, child in children
+        for leaf, found in _leaves(child, f"{path}.{key}" if path else key).items()
+    }

@@ -1,0 +1,51 @@
+"""Finished runs side by side: a table of what each reached and what it took."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mslt.errors import MsltError
+from mslt.rundir import RunDir, read_plan, read_summaries
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run at its end. `train_s` leaves evaluating and saving out; `reduced_bytes` is what one worker handed to
+    the gradient all-reduce; `speedup` is the first run's seconds a step over this run's."""
+
+    run: str
+    steps: int
+    workers: int
+    mlm_loss: float
+    mlm_accuracy: float
+    nsp_loss: float
+    train_s: float
+    speedup: float
+    reduced_bytes: int
+
+
+def outcomes(runs: list[Path]) -> list[Outcome]:
+    """The first run is the baseline of the speedups. MsltError for a run that is not finished."""
+    rows: list[Outcome] = []
+    for path in runs:
+        run = RunDir(path)
+        unfinished = run.first_unfinished(read_plan(run))
+        if unfinished is not None:
+            raise MsltError(f"{path}: stage {unfinished + 1} is not done; finish it with `mslt train`")
+        summaries = read_summaries(run)
+        end, steps = summaries[-1]["evaluation_after"], sum(summary["steps"] for summary in summaries)
+        train_s = sum(summary["spent_s"]["train"] for summary in summaries)
+        baseline = rows[0] if rows else None
+        rows.append(
+            Outcome(
+                run=str(path),
+                steps=steps,
+                workers=summaries[-1]["world_size"],
+                mlm_loss=end["mlm_loss"],
+                mlm_accuracy=end["mlm_accuracy"],
+                nsp_loss=end["nsp_loss"],
+                train_s=train_s,
+                speedup=(baseline.train_s / baseline.steps) / (train_s / steps) if baseline else 1.0,
+                reduced_bytes=sum(summary["reduced_bytes"] for summary in summaries),
+            )
+        )
+    return rows

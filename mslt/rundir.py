@@ -1,0 +1,116 @@
+"""The run directory: where everything of a run lies, and what its files say about how far it is.
+
+    run/
+      recipe.yaml  plan.json  provenance.json    written once
+      metrics.jsonl  tensorboard/
+      stage-1/ …
+        base.safetensors  base.json              what the stage starts from
+        checkpoints/step-00001200/ …             inside the stage, each committed by its manifest
+        model/                                   plain Hugging Face folder
+        summary.json                             its presence is DONE
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mslt.errors import MsltError
+from mslt.files import write_json, write_text
+from mslt.plan import Plan, difference
+
+
+@dataclass(frozen=True)
+class StageDir:
+    path: Path
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base.safetensors"
+
+    @property
+    def base_description(self) -> Path:
+        return self.path / "base.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def is_done(self) -> bool:
+        return self.summary.exists()
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def stage(self, stage_index: int) -> StageDir:
+        """The directory of the stage; directories count from 1."""
+        return StageDir(self.path / f"stage-{stage_index + 1}")
+
+    def first_unfinished(self, plan: Plan) -> int | None:
+        """Index of the first stage without its DONE marker, None when all have it."""
+        return next((i for i in range(len(plan.stages)) if not self.stage(i).is_done()), None)
+
+
+def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any]) -> RunDir:
+    """Start a run directory, or go on with one of the same plan.
+
+    MsltError when the directory holds another plan (the message lists what differs) or something that is no run.
+    """
+    run = RunDir(path)
+    if run.plan.exists():
+        changes = difference(read_plan(run), plan)
+        if changes:
+            listed = "\n".join(f"  {line}" for line in changes)
+            raise MsltError(
+                f"{path}: holds a run of another plan:\n{listed}\n"
+                "Take another --run-dir, or the recipe it was made with."
+            )
+        return run
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MsltError(f"{path}: is neither empty nor a run directory (it has no plan.json); take another --run-dir")
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / "recipe.yaml", recipe_text)
+    write_json(path / "provenance.json", provenance)
+    write_json(run.plan, plan.model_dump(mode="json"))  # last: it makes the directory a run
+    return run
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The plan a run directory holds. MsltError when there is none or it cannot be read."""
+    try:
+        return Plan.model_validate_json(run.plan.read_text())
+    except OSError:
+        raise MsltError(f"{run.path}: no run directory (it has no plan.json)") from None
+    except ValidationError as error:
+        raise MsltError(f"{run.plan}: no plan this version of mslt can read: {error}") from None
+
+
+def read_summaries(run: RunDir) -> list[dict[str, Any]]:
+    """The summaries of all finished stages, in order."""
+    plan = read_plan(run)
+    stages = (run.stage(index) for index in range(len(plan.stages)))
+    return [json.loads(stage.summary.read_text()) for stage in stages if stage.is_done()]

@@ -1,0 +1,108 @@
+"""Growth schedules: each a function from a recipe's numbers to stages, and the learning rate inside a stage."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mslt.config import FullSchedule, MsltSchedule, Recipe
+from mslt.plan import HEAD_SLOTS, LearningRate, Plan, Stage, all_slots, layer_slots
+
+Source = int | Literal["random"]
+Sources = tuple[Source, ...]
+
+
+def random_layers(count: int) -> Sources:
+    layer: Source = "random"
+    return (layer,) * count
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a schedule decides about one stage; the rest is the same for all of them."""
+
+    sources: Sources
+    trainable: tuple[str, ...]
+    steps: int
+
+
+def full(depth: int, steps: int) -> list[Growth]:
+    """All layers, all parameters, from the first step to the last."""
+    return [Growth(random_layers(depth), all_slots(depth), steps)]
+
+
+def mslt(depth: int, k: int, steps: int, retrain_share: float) -> list[Growth]:
+    """Multi-stage layerwise training (Yang et al. 2020, arXiv:2011.13635, section 3).
+
+    Stage 1 trains depth/k layers and everything else. Each of the next k-1 stages copies the top depth/k layers onto
+    the top and trains the copies with the heads (`the output layer`: pooler, MLM transform and bias, NSP), all below
+    frozen. The last stage retrains everything for `retrain_share` of the steps. With k 1 that is `full` in two parts.
+    """
+    block = depth // k
+    retrain_steps = round(steps * retrain_share)
+    shared, rest = divmod(steps - retrain_steps, k)
+    stages = [Growth(random_layers(block), all_slots(block), shared + (rest > 0))]
+    for index in range(1, k):
+        below = block * index
+        sources = (*range(below), *range(below - block, below))
+        trainable = (*layer_slots(below, below + block), *HEAD_SLOTS)
+        stages.append(Growth(sources, trainable, shared + (index < rest)))
+    stages.append(Growth(tuple(range(depth)), all_slots(depth), retrain_steps))
+    return stages
+
+
+def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None = None) -> Plan:
+    """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage."""
+    schedule, training = recipe.schedule, recipe.training
+    depth = recipe.model.num_hidden_layers
+    if isinstance(schedule, MsltSchedule):
+        growths = mslt(depth, schedule.k, schedule.steps, schedule.retrain_share)
+        per_stage, frozen_dropout = schedule.learning_rate == "per_stage", schedule.frozen_dropout
+    else:
+        assert isinstance(schedule, FullSchedule)
+        growths, per_stage, frozen_dropout = full(depth, schedule.steps), False, True
+
+    stages, first_step = [], 0
+    for growth in growths:
+        rate = LearningRate(
+            peak=recipe.optimizer.learning_rate,
+            warmup_steps=min(recipe.optimizer.warmup_steps, growth.steps - 1 if per_stage else schedule.steps),
+            total_steps=growth.steps if per_stage else schedule.steps,
+            first_step=0 if per_stage else first_step,
+        )
+        stages.append(
+            Stage(
+                depth=len(growth.sources),
+                sources=growth.sources,
+                trainable=growth.trainable,
+                frozen_dropout=frozen_dropout,
+                optimizer_state="reset",
+                steps=growth.steps,
+                learning_rate=rate,
+                batch_size=training.batch_size,
+                micro_batch_size=training.micro_batch_size,
+                sequence_length=recipe.data.sequence_length,
+                first_sample=first_step * training.batch_size,
+                seed=training.seed,
+            )
+        )
+        first_step += growth.steps
+    return Plan(
+        model=recipe.model,
+        data=recipe.data,
+        shards_sha256=shards_sha256,
+        optimizer=recipe.optimizer,
+        clip_norm=training.clip_norm,
+        engine=engine,
+        stages=tuple(stages),
+    )
+
+
+def lr_at(stage: Stage, step: int) -> float:
+    """Learning rate of the stage's step (from 0): peak * (t+1)/warmup, then peak * (total-t)/(total-warmup).
+
+    t counts in the schedule the stage takes part in. The warm-up ends at the peak, no step is taken at rate 0.
+    """
+    rate = stage.learning_rate
+    t = rate.first_step + step
+    if t < rate.warmup_steps:
+        return rate.peak * (t + 1) / rate.warmup_steps
+    return rate.peak * (rate.total_steps - t) / (rate.total_steps - rate.warmup_steps)

@@ -1,0 +1,266 @@
+"""Run the plan: stage after stage, each from its base on disk to its model folder. The only loop.
+
+    stage base → fresh module → freeze → engine → (newest checkpoint) → steps → model folder → DONE
+"""
+
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mslt import metrics
+from mslt.config import WatchConfig
+from mslt.data import keyed
+from mslt.data.loader import EVALUATION_SEED, Samples, evaluation_batches, training_batches
+from mslt.data.shards import open_shards
+from mslt.engine import checkpoint
+from mslt.engine.engine import Engine, Workers
+from mslt.errors import MsltError
+from mslt.files import sha256_file, write_json
+from mslt.models import factory
+from mslt.models.checkpoint import load_state, save_base, save_model_folder
+from mslt.models.families import FAMILIES
+from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.freezing import freeze
+from mslt.models.surgery import State, rebuild
+from mslt.plan import Plan, lowest_graph_layer
+from mslt.provenance import provenance
+from mslt.rundir import RunDir
+from mslt.schedule import lr_at
+from mslt.watch import Watch
+
+Spent = defaultdict[str, float]  # seconds by kind: `train`, its parts, `evaluation`, `checkpoint`
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a stage needs to know besides its number."""
+
+    plan: Plan
+    run: RunDir
+    watch: WatchConfig
+    tokenizer: Path
+    training: Samples
+    heldout: Samples
+    workers: Workers
+
+
+def train(plan: Plan, run: RunDir, shards_folder: Path, watch: WatchConfig, workers: Workers) -> None:
+    """Run every stage that is not DONE. All ranks call this; the run directory is shared between them."""
+    shards = open_shards(shards_folder, "train")
+    job = Job(
+        plan,
+        run,
+        watch,
+        shards.tokenizer_folder,
+        Samples(shards, plan.data, plan.stages[0].seed),
+        Samples(open_shards(shards_folder, "validation"), plan.data, EVALUATION_SEED),
+        workers,
+    )
+    while (stage_index := workers.broadcast(run.first_unfinished(plan))) is not None:
+        run_stage(job, stage_index)
+
+
+def run_stage(job: Job, stage_index: int) -> None:
+    """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on."""
+    plan, workers = job.plan, job.workers
+    stage, where = plan.stages[stage_index], job.run.stage(stage_index)
+    if workers.rank == 0:
+        _ensure_base(job, stage_index)
+    workers.barrier()
+
+    model = factory.build(plan.model, stage.depth, load_state(where.base))
+    freeze(model, stage.trainable)
+    still = () if stage.frozen_dropout else stage.frozen
+    module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth), still)
+    engine = Engine(
+        module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers
+    )
+    step, spent = _resume(job, stage_index, engine)
+    watcher = Watch(plan, job.run, stage_index, step) if workers.rank == 0 else None
+    spent = _steps(job, stage_index, engine, step, spent, watcher)
+    if watcher is not None:
+        watcher.close()
+        _finish(job, stage_index, engine, spent)
+    engine.close()
+    workers.barrier()
+
+
+def _ensure_base(job: Job, stage_index: int) -> None:
+    """Make the stage base from the model of the stage before, or check the one that is there. Rank 0 only."""
+    plan, stage, where = job.plan, job.plan.stages[stage_index], job.run.stage(stage_index)
+    if where.base_description.exists():
+        if sha256_file(where.base) != json.loads(where.base_description.read_text())["sha256"]:
+            raise MsltError(f"{where.base}: does not have the sha256 in {where.base_description.name}; delete both, "
+                            "they are made anew from the stage before")  # fmt: skip
+        return
+    before: State = {}
+    origin: dict[str, Any] = {"plan": plan.digest(), "stage": stage_index + 1, "sources": stage.sources}
+    if stage_index:
+        parent = job.run.stage(stage_index - 1).model
+        before = factory.own_state(factory.read_model(parent))
+        origin["parent"] = str(parent.relative_to(job.run.path))
+    fresh = None
+    if "random" in stage.sources:
+        seed = keyed.torch_seed(stage.seed, "initialise", stage_index)
+        fresh = factory.initial_state(plan.model, stage.depth, seed)
+    grown = rebuild(before, stage.sources, FAMILIES[plan.model.family], fresh)
+    save_base(where.base, where.base_description, grown, origin)
+
+
+def _resume(job: Job, stage_index: int, engine: Engine) -> tuple[int, Spent]:
+    """Load the newest valid checkpoint, chosen by rank 0. Returns the step to go on from and what was spent so far."""
+    where = job.run.stage(stage_index)
+    chosen = None
+    if job.workers.rank == 0:
+        base_sha256 = json.loads(where.base_description.read_text())["sha256"]
+        chosen, passed_over = checkpoint.newest_valid(where.checkpoints, base_sha256)
+        for line in passed_over:
+            print(f"warning: {line}", file=sys.stderr)
+        if chosen is not None:
+            print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
+    chosen = job.workers.broadcast(chosen)
+    if chosen is None:
+        return 0, defaultdict(float)
+    engine.load(chosen.tensors(), chosen.manifest["engine"])
+    engine.reduced_bytes = chosen.manifest["reduced_bytes"]
+    return chosen.step, defaultdict(float, chosen.manifest["spent_s"])
+
+
+def _steps(
+    job: Job, stage_index: int, engine: Engine, first_step: int, spent: Spent, watcher: Watch | None
+) -> Spent:
+    """The step loop. Returns the seconds spent by kind; `train` is the loop without evaluating and saving."""
+    stage, workers, watch = job.plan.stages[stage_index], job.workers, job.watch
+    run_steps, run_s = job.plan.first_step(stage_index), _seconds_before(job, stage_index)
+    if first_step == 0:
+        spent["evaluation"] += _evaluate(job, stage_index, engine, run_steps, watcher)
+    batches = training_batches(
+        job.training, stage, workers.rank, workers.size, first_step, watch.loader_workers
+    )
+    sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
+    for step in range(first_step, stage.steps):
+        with engine.clock.span("data"):
+            batch = next(batches)
+        rate = lr_at(stage, step)
+        sums += engine.train_step(batch, step, rate)
+        done, since_log = step + 1, since_log + 1
+        if watcher is not None:
+            watcher.advance(done)
+
+        at_end = done == stage.steps
+        must_evaluate = at_end or (watch.evaluate_every > 0 and done % watch.evaluate_every == 0)
+        must_save = done % watch.checkpoint_every == 0 and not at_end
+        if must_evaluate or must_save or done % watch.log_every == 0:
+            means = _means(workers.sum(sums))
+            _refuse_divergence(means, stage_index, done, job.run)
+            seconds = time.perf_counter() - logged
+            for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
+                spent[kind] += kind_s
+            if watcher is not None:
+                watcher.log({
+                    "kind": "train", "stage": stage_index + 1, "step": run_steps + done,
+                    "samples": stage.first_sample + done * stage.batch_size, "learning_rate": rate, **means,
+                    "train_s": run_s + spent["train"], "samples_per_s": since_log * stage.batch_size / seconds,
+                })  # fmt: skip
+            sums.zero_()
+            if must_evaluate:
+                spent["evaluation"] += _evaluate(job, stage_index, engine, run_steps + done, watcher)
+            if must_save:
+                spent["checkpoint"] += _save(job, stage_index, engine, done, spent)
+            since_log, logged = 0, time.perf_counter()
+    return spent
+
+
+def _means(sums: torch.Tensor) -> dict[str, float]:
+    """Means and accuracies of SUMS, as a record's fields."""
+    by_name = dict(zip(SUMS, sums.double().tolist(), strict=True))
+    means = {}
+    for head in ("mlm", "nsp"):
+        count = by_name[f"{head}_count"]
+        means[f"{head}_loss"] = by_name[f"{head}_loss"] / count
+        means[f"{head}_accuracy"] = by_name[f"{head}_correct"] / count
+    return means
+
+
+def _refuse_divergence(means: dict[str, float], stage_index: int, done: int, run: RunDir) -> None:
+    if not math.isfinite(means["mlm_loss"] + means["nsp_loss"]):
+        raise MsltError(
+            f"the loss is no longer finite at step {done} of stage {stage_index + 1}; the last checkpoint in "
+            f"{run.stage(stage_index).checkpoints} is from before. Lower optimizer.learning_rate, or lengthen "
+            "optimizer.warmup_steps, and start a new run directory"
+        )
+
+
+def _evaluate(job: Job, stage_index: int, engine: Engine, run_step: int, watcher: Watch | None) -> float:
+    """Held-out losses at fixed samples and masks, logged. Returns the seconds it took."""
+    started = time.perf_counter()
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=job.workers.device)
+    batch_size = engine.micro_batch_size
+    for batch in evaluation_batches(job.heldout, batch_size, job.workers.rank, job.workers.size):
+        sums += engine.evaluate_step(batch)
+    means = _means(job.workers.sum(sums))
+    if watcher is not None:
+        watcher.log({"kind": "evaluation", "stage": stage_index + 1, "step": run_step, **means})
+    return time.perf_counter() - started
+
+
+def _save(job: Job, stage_index: int, engine: Engine, done: int, spent: Spent) -> float:
+    """Commit a checkpoint of the state after `done` steps. Returns the seconds it took."""
+    started = time.perf_counter()
+    if job.workers.rank == 0:
+        where = job.run.stage(stage_index)
+        tensors, numbers = engine.save()
+        about = {
+            "base_sha256": json.loads(where.base_description.read_text())["sha256"],
+            "plan": job.plan.digest(),
+            "stage": stage_index + 1,
+            "world_size": job.workers.size,
+            "engine": numbers,
+            "reduced_bytes": engine.reduced_bytes,
+            "spent_s": dict(spent),
+        }
+        checkpoint.commit(where.checkpoints, done, tensors, about)
+    job.workers.barrier()
+    return time.perf_counter() - started
+
+
+def _finish(job: Job, stage_index: int, engine: Engine, spent: Spent) -> None:
+    """Write the model folder, then the summary that says DONE. Rank 0 only."""
+    stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
+    origin = {
+        "plan": job.plan.digest(),
+        "stage": stage_index + 1,
+        "samples": stage.first_sample + stage.steps * stage.batch_size,
+        "parent": str(where.base.relative_to(job.run.path)),
+        **provenance(),
+    }
+    model = factory.build(job.plan.model, stage.depth, engine.export_state())
+    save_model_folder(where.model, model, job.tokenizer, origin)
+    records = (record for record in metrics.read(job.run.metrics) if record["stage"] == stage_index + 1)
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    summary = {
+        "stage": stage_index + 1,
+        "depth": stage.depth,
+        "trainable_parameters": sum(p.numel() for p in engine.trainable().values()),
+        "steps": stage.steps,
+        "samples": stage.steps * stage.batch_size,
+        "world_size": job.workers.size,
+        "evaluation_before": evaluations[0],
+        "evaluation_after": evaluations[-1],
+        "spent_s": {name: round(seconds, 3) for name, seconds in spent.items()},
+        "reduced_bytes": engine.reduced_bytes,
+    }
+    write_json(where.summary, summary)
+
+
+def _seconds_before(job: Job, stage_index: int) -> float:
+    """Training time of all stages before."""
+    summaries = (job.run.stage(index).summary for index in range(stage_index))
+    return float(sum(json.loads(summary.read_text())["spent_s"]["train"] for summary in summaries))

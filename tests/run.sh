@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, types and the test suite, in the quickstart's environment. Arguments go to pytest: `bash tests/run.sh -m slow`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+ruff check .
+mypy
+[ $# -gt 0 ] || set -- -m "not slow"
+python -m pytest "$@"
