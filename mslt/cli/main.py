@@ -27,3 +27,7 @@ def main() -> None:
     except MsltError as error:
         print(f"mslt: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Train what is not DONE of the plan in the run directory. Exit status 2 for a user's mistake."""
+    """Train what is not DONE of the plan in the run directory. Exit status 2 for a user's mistake or a full disk."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="path or name of the recipe")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
@@ -20,7 +20,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         _work(options.recipe, options.run_dir, options.shards)
-    except MsltError as error:
+    except (MsltError, OSError) as error:
         print(f"mslt: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.stderr.flush()
         os._exit(2)  # other ranks may wait in a collective that this one will never join

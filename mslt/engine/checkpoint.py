@@ -35,15 +35,17 @@ class Checkpoint:
 
 
 def commit(folder: Path, step: int, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-    """Write the checkpoint whole, then delete all but the newest KEPT."""
+    """Write the checkpoint whole, then delete all but the newest KEPT, and any of a later step: it was passed over."""
     folder.mkdir(exist_ok=True)
-    with whole_folder(folder / f"step-{step:08d}") as temporary:
+    path = folder / f"step-{step:08d}"
+    with whole_folder(path) as temporary:
         state = temporary / _STATE
         save_file(tensors, state)
         manifest = {"step": step, "bytes": state.stat().st_size, "sha256": sha256_file(state), **about}
         write_json(temporary / _MANIFEST, manifest)
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+    others = sorted(folder.glob("step-*"))
+    for unwanted in [*others[others.index(path) + 1 :], *others[: others.index(path) + 1 - KEPT]]:
+        shutil.rmtree(unwanted)
 
 
 def newest_valid(folder: Path, base_sha256: str) -> tuple[Checkpoint | None, list[str]]:

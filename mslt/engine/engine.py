@@ -78,6 +78,7 @@ class Engine:
         workers: Workers,
     ) -> None:
         """`module` is frozen as the stage says; `first_step` is the run's step at which the stage begins."""
+        _refuse_unsupported(ds_config, workers.device)
         self.stage = stage
         self.first_step = first_step
         self.workers = workers
@@ -201,6 +202,12 @@ def micro_batch_size(stage: Stage, world_size: int) -> int:
             f"take another number of --workers or another batch size"
         )
     return max(size for size in range(1, min(stage.micro_batch_size, share) + 1) if share % size == 0)
+
+
+def _refuse_unsupported(ds_config: dict[str, Any], device: torch.device) -> None:
+    wants_bf16 = ds_config.get("torch_autocast", {}).get("dtype") == "bfloat16"
+    if wants_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise MsltError(f"{torch.cuda.get_device_name(device)}: no bf16; set `engine: zero0_fp16` in the recipe")
 
 
 def quiet() -> None:
