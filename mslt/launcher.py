@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,7 +80,8 @@ def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
 def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     """Start the workers on this machine through DeepSpeed's launcher, wait, and return its exit status.
 
-    SIGINT and SIGTERM go on to the whole process group; none of it outlives this call.
+    SIGINT and SIGTERM go on to the whole process group, and are the status then, negative. None of the group outlives
+    this call.
     """
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"),
@@ -91,13 +94,17 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_workers, 1)))
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
 
     def stop(signal_number: int, _: FrameType | None) -> None:
-        os.killpg(process.pid, signal_number)
+        received.append(signal_number)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        status = process.wait()
+        return -received[0] if received else status
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -114,7 +121,7 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
         for _ in range(GRACE_S * 10):
             if not _group_lives(process.pid):
                 return
-            signal.sigtimedwait([], 0.1)
+            time.sleep(0.1)
 
 
 def _group_lives(group: int) -> bool:

@@ -29,9 +29,10 @@ def train(
         if workers is None:
             workers = _default_workers()
         status = launch(recipe, run.path, opened.shards, workers)
-        if run.first_unfinished(plan) == unfinished:
+        reached = run.first_unfinished(plan)
+        if reached is not None and (status != 0 or reached == unfinished):
             raise MsltError(
-                f"{run.path}: stopped in stage {unfinished + 1} of {len(plan.stages)} (launcher's status {status}, the "
+                f"{run.path}: stopped in stage {reached + 1} of {len(plan.stages)} (launcher's status {status}, the "
                 "reason stands above); the same command again goes on from the last checkpoint"
             )
     last = read_summaries(run)[-1]["evaluation_after"]

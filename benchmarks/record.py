@@ -1,0 +1,61 @@
+"""What every record begins with: date, command, commit, machine, versions."""
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mslt.files import write_text
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def hardware() -> str:
+    """`1 × NVIDIA H200` or `2 cores of AMD EPYC …`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def this_command() -> str:
+    """The running module's command line, as one would type it in the checkout."""
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def heading(title: str, command: str, provenance: dict[str, Any], hardware: str) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items() if version)
+    return [
+        f"# {title}",
+        "",
+        f"- date: {today()}",
+        f"- command: `{command}`",
+        f"- commit: {provenance['commit']}",
+        f"- hardware: {hardware}",
+        f"- versions: python {provenance['python']}, {versions}",
+        "",
+    ]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table, first column left, the others right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
+
+
+def write_record(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
+    print("\n".join(lines))
