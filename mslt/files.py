@@ -1,4 +1,7 @@
-"""Files written whole: a temporary name, fsync, rename. A reader sees the old content or the new, never a half."""
+"""Files written whole: a temporary name, fsync, rename. A reader sees the old content or the new, never a half.
+
+What a killed process left under the temporary name is overwritten by the next to write the same file.
+"""
 
 import hashlib
 import json
@@ -45,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; at success it is synced and takes the name `path`, at failure it goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -59,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder. An existing folder `path` is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

@@ -130,7 +130,7 @@ def difference(old: Plan, new: Plan) -> list[str]:
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Nested plain data as one flat dict; lists of scalars stay whole, lists of stages count from 1."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         children = [(str(key), child) for key, child in value.items()]
     elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
         children = [(str(number), child) for number, child in enumerate(value, 1)]

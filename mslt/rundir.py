@@ -1,13 +1,13 @@
 """The run directory: where everything of a run lies, and what its files say about how far it is.
 
-    run/
-      recipe.yaml  plan.json  provenance.json    written once
-      metrics.jsonl  tensorboard/
-      stage-1/ …
-        base.safetensors  base.json              what the stage starts from
-        checkpoints/step-00001200/ …             inside the stage, each committed by its manifest
-        model/                                   plain Hugging Face folder
-        summary.json                             its presence is DONE
+run/
+  recipe.yaml  plan.json  provenance.json    written once
+  metrics.jsonl  tensorboard/
+  stage-1/ …
+    base.safetensors  base.json              what the stage starts from
+    checkpoints/step-00001200/ …             inside the stage, each committed by its manifest
+    model/                                   plain Hugging Face folder
+    summary.json                             its presence is DONE
 """
 
 import json

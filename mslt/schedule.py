@@ -29,15 +29,14 @@ def full(depth: int, steps: int) -> list[Growth]:
     return [Growth(random_layers(depth), all_slots(depth), steps)]
 
 
-def mslt(depth: int, k: int, steps: int, retrain_share: float) -> list[Growth]:
+def mslt(depth: int, k: int, steps: int, retrain_steps: int) -> list[Growth]:
     """Multi-stage layerwise training (Yang et al. 2020, arXiv:2011.13635, section 3).
 
     Stage 1 trains depth/k layers and everything else. Each of the next k-1 stages copies the top depth/k layers onto
     the top and trains the copies with the heads (`the output layer`: pooler, MLM transform and bias, NSP), all below
-    frozen. The last stage retrains everything for `retrain_share` of the steps. With k 1 that is `full` in two parts.
+    frozen. The last stage retrains everything for `retrain_steps`, the others share what is left of `steps`.
     """
     block = depth // k
-    retrain_steps = round(steps * retrain_share)
     shared, rest = divmod(steps - retrain_steps, k)
     stages = [Growth(random_layers(block), all_slots(block), shared + (rest > 0))]
     for index in range(1, k):
@@ -54,7 +53,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
     schedule, training = recipe.schedule, recipe.training
     depth = recipe.model.num_hidden_layers
     if isinstance(schedule, MsltSchedule):
-        growths = mslt(depth, schedule.k, schedule.steps, schedule.retrain_share)
+        growths = mslt(depth, schedule.k, schedule.steps, schedule.retrain_steps)
         per_stage, frozen_dropout = schedule.learning_rate == "per_stage", schedule.frozen_dropout
     else:
         assert isinstance(schedule, FullSchedule)

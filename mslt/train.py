@@ -1,6 +1,6 @@
 """Run the plan: stage after stage, each from its base on disk to its model folder. The only loop.
 
-    stage base → fresh module → freeze → engine → (newest checkpoint) → steps → model folder → DONE
+stage base → fresh module → freeze → engine → (newest checkpoint) → steps → model folder → DONE
 """
 
 import json
@@ -79,9 +79,7 @@ def run_stage(job: Job, stage_index: int) -> None:
     freeze(model, stage.trainable)
     still = () if stage.frozen_dropout else stage.frozen
     module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth), still)
-    engine = Engine(
-        module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers
-    )
+    engine = Engine(module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers)
     step, spent = _resume(job, stage_index, engine)
     watcher = Watch(plan, job.run, stage_index, step) if workers.rank == 0 else None
     spent = _steps(job, stage_index, engine, step, spent, watcher)
@@ -133,17 +131,13 @@ def _resume(job: Job, stage_index: int, engine: Engine) -> tuple[int, Spent]:
     return chosen.step, defaultdict(float, chosen.manifest["spent_s"])
 
 
-def _steps(
-    job: Job, stage_index: int, engine: Engine, first_step: int, spent: Spent, watcher: Watch | None
-) -> Spent:
+def _steps(job: Job, stage_index: int, engine: Engine, first_step: int, spent: Spent, watcher: Watch | None) -> Spent:
     """The step loop. Returns the seconds spent by kind; `train` is the loop without evaluating and saving."""
     stage, workers, watch = job.plan.stages[stage_index], job.workers, job.watch
     run_steps, run_s = job.plan.first_step(stage_index), _seconds_before(job, stage_index)
     if first_step == 0:
         spent["evaluation"] += _evaluate(job, stage_index, engine, run_steps, watcher)
-    batches = training_batches(
-        job.training, stage, workers.rank, workers.size, first_step, watch.loader_workers
-    )
+    batches = training_batches(job.training, stage, workers.rank, workers.size, first_step, watch.loader_workers)
     sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
     for step in range(first_step, stage.steps):
         with engine.clock.span("data"):

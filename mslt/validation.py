@@ -21,20 +21,30 @@ FrozenType = TypeVar("FrozenType", bound=Frozen)
 
 def validate(kind: type[FrozenType], value: Any, where: str) -> FrozenType:
     """Build `kind` from plain data; MsltError lists every mistake with its path, `where` says in which file."""
+    refuse(mistakes(kind, value), where)
+    return kind.model_validate(value)
+
+
+def refuse(found: list[str], where: str) -> None:
+    """MsltError with these mistakes, one a line, if there are any."""
+    if found:
+        count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
+        raise MsltError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in found))
+
+
+def mistakes(kind: type[Frozen], value: Any) -> list[str]:
+    """A line for each mistake of `value` as a `kind`: the path of the field, what is wrong, what was there."""
     try:
-        return kind.model_validate(value)
+        kind.model_validate(value)
     except ValidationError as error:
-        lines = list(_mistakes(error))
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise MsltError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+        return list(_described(error, value))
+    return []
 
 
-def _mistakes(error: ValidationError) -> Iterator[str]:
+def _described(error: ValidationError, value: Any) -> Iterator[str]:
     for entry in error.errors():
-        path = ".".join(str(part) for part in entry["loc"])
-        if entry["type"] == "value_error" and not path:
-            yield from str(entry["ctx"]["error"]).splitlines()  # ours: each line names its own path
-        elif entry["type"] == "extra_forbidden":
+        path = _path(entry["loc"], value)
+        if entry["type"] == "extra_forbidden":
             yield f"{path}: unknown key; remove it or mend its spelling"
         elif entry["type"] == "missing":
             yield f"{path}: missing"
@@ -42,6 +52,17 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
             yield f"{path}: {entry['ctx']['error']}"
         else:
             yield f"{path}: {entry['msg']}, not {entry['input']!r}"
+
+
+def _path(location: tuple[Any, ...], value: Any) -> str:
+    """The location as the user wrote it: without the tags that pydantic puts in for the members of a union."""
+    written = []
+    for part in location[:-1]:
+        if not isinstance(value, dict | list) or (isinstance(value, dict) and part not in value):
+            continue
+        written.append(str(part))
+        value = value[part]
+    return ".".join([*written, *(str(part) for part in location[-1:])]) or "the file"
 
 
 def read_yaml(path: Path) -> Any:

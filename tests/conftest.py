@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.recipe import DataRecipe
-from mslt.config import ModelConfig, Recipe
+from mslt.config import ModelConfig, parse_recipe
 from mslt.engine.ds_config import read_engine_config
 from mslt.plan import Plan
 from mslt.schedule import make_plan
@@ -69,5 +69,5 @@ def tiny_recipe(tiny_sections: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_plan(tiny_recipe: dict[str, Any]) -> Plan:
-    recipe = validate(Recipe, tiny_recipe, "recipe for tests")
+    recipe = parse_recipe(tiny_recipe, "recipe for tests")
     return make_plan(recipe, read_engine_config(recipe.engine))

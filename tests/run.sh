@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 ruff check .
+ruff format --check .
 mypy
 [ $# -gt 0 ] || set -- -m "not slow"
 python -m pytest "$@"

@@ -19,8 +19,11 @@ def grow(
     seed: Annotated[int, typer.Option(help="Seed of random layers.")] = 0,
 ) -> None:
     """Copy, stack, drop or add layers: one index map from the layers of OUT to those of IN."""
+    from transformers.utils import logging
+
     from mslt.models.checkpoint import grow_folder
     from mslt.models.surgery import parse_sources
 
+    logging.disable_progress_bar()
     depth_before, depth_after = grow_folder(source, out, parse_sources(sources), seed)
     typer.echo(f"{out}: {depth_after} layers from the {depth_before} of {source}")

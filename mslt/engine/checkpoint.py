@@ -70,6 +70,6 @@ def _fault(path: Path, base_sha256: str) -> str | None:
             return f"{_STATE} has {state.stat().st_size} bytes, its manifest says {manifest['bytes']}"
         if sha256_file(state) != manifest["sha256"]:
             return f"{_STATE} does not have the manifest's sha256"
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"not readable ({error})"
     return None

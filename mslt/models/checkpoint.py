@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mslt.models.surgery import State, num_layers, rebuild
 from mslt.provenance import provenance
 from mslt.schedule import Sources
 
-WEIGHT_FILES = ("model", "pytorch_model", "tf_model", "flax_model", "provenance.json")
+WEIGHTS = re.compile(r"\.(safetensors|bin|h5|msgpack|onnx|ckpt)(\.index\.json)?$")
 
 
 def save_state(path: Path, state: State) -> None:
@@ -66,9 +67,11 @@ def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[i
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(out) as temporary:
         grown.save_pretrained(temporary)
-        for file in source.iterdir():
-            if file.is_file() and not (temporary / file.name).exists() and not file.name.startswith(WEIGHT_FILES):
-                shutil.copy(file, temporary / file.name)
+        for file in source.rglob("*"):
+            carried = temporary / file.relative_to(source)
+            if file.is_file() and not carried.exists() and not WEIGHTS.search(file.name):
+                carried.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, carried)
         origin = {"parent": str(source), "sources": sources, **provenance()}
         (temporary / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
     return num_layers(before, family), len(sources)

@@ -56,7 +56,7 @@ def parse_sources(text: str) -> Sources:
         first, dash, last = part.strip().partition("-")
         if part.strip() == "random":
             sources.append("random")
-        elif first.isdigit() and (not dash or (last.isdigit() and int(last) >= int(first))):
+        elif first.isdecimal() and (not dash or (last.isdecimal() and int(last) >= int(first))):
             sources.extend(range(int(first), int(last or first) + 1))
         else:
             raise MsltError(f"sources {text!r}: {part.strip()!r} is no layer; write like 0-5,0-5 or 0,1,random")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mslt.config import Recipe
+from mslt.config import parse_recipe
 from mslt.cost import stage_cost
 from mslt.data.loader import Samples
 from mslt.data.shards import open_shards
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 def plan_of(sections: dict[str, Any], **model: float) -> Plan:
     sections = copy.deepcopy(sections)
     sections["model"] |= model
-    recipe = Recipe.model_validate(sections)
+    recipe = parse_recipe(sections, "recipe for tests")
     return make_plan(recipe, read_engine_config(recipe.engine))
 
 

@@ -1,0 +1,188 @@
+"""M9: our forward pass is Hugging Face's, bit for bit or to 1e-5, and cheaper."""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from transformers import BertForPreTraining
+
+from mslt.config import DataConfig, ModelConfig
+from mslt.data.loader import Batch, Samples
+from mslt.data.masking import IGNORED_LABEL
+from mslt.data.shards import open_shards
+from mslt.models import families
+from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.layer_stack import iter_hidden, last_hidden
+
+
+def build(model: ModelConfig, seed: int, attention: str = "sdpa", spread: float = 0.2) -> BertForPreTraining:
+    """A model with weights spread enough that logits differ."""
+    torch.manual_seed(seed)
+    shape = model.model_copy(update={"initializer_range": spread})
+    config = families.hf_config(shape, shape.num_hidden_layers)
+    config._attn_implementation = attention
+    built = families.pretraining_model(config)
+    assert built.config._attn_implementation == attention
+    return built
+
+
+def real_batch(shards: Path, seed: int) -> Batch:
+    """12 real samples, half of them shorter than 32 tokens: padded tokens and padded predictions."""
+    config = DataConfig(shards="", sequence_length=32, max_predictions=5, short_sequence_probability=0.7)
+    batch = Samples(open_shards(shards, "train"), config, seed).batch(range(800))
+    is_padded = (batch["attention_mask"] == 0).any(1)
+    chosen = torch.cat([is_padded.nonzero()[:6, 0], (~is_padded).nonzero()[:6, 0]])
+    batch = {name: tensor[chosen] for name, tensor in batch.items()}
+    assert (batch["attention_mask"] == 0).any(1).sum() == 6
+    assert (batch["mlm_labels"] == IGNORED_LABEL).any()
+    return batch
+
+
+def labels_BT(batch: Batch) -> torch.Tensor:
+    """Labels as Hugging Face wants them: at every position, IGNORED_LABEL where nothing is predicted."""
+    labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
+    for row, (positions, values) in enumerate(zip(batch["mlm_positions"], batch["mlm_labels"], strict=True)):
+        used = values != IGNORED_LABEL
+        labels[row, positions[used]] = values[used]
+    return labels
+
+
+def hugging_face(model: BertForPreTraining, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, MLM logits at all positions, NSP logits."""
+    inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+    out = model(**inputs, labels=labels_BT(batch), next_sentence_label=batch["nsp_labels"])
+    return out.loss, out.prediction_logits, out.seq_relationship_logits
+
+
+def mean_loss(sums: torch.Tensor) -> torch.Tensor:
+    by_name = dict(zip(SUMS, sums, strict=True))
+    return by_name["mlm_loss"] / by_name["mlm_count"] + by_name["nsp_loss"] / by_name["nsp_count"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_loss_is_hugging_faces(shards: Path, tiny_model: ModelConfig, seed: int, attention: str) -> None:
+    model = build(tiny_model, seed, attention).eval()
+    batch = real_batch(shards, seed)
+    expected, mlm_logits, nsp_logits = hugging_face(model, batch)
+    sums = PretrainingLoss(model).eval()(**batch)
+    assert sums.dtype == torch.float32
+    assert mean_loss(sums).item() == pytest.approx(expected.item(), abs=1e-5)
+    labels = labels_BT(batch)
+    by_name = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert by_name["mlm_count"] == int((labels != IGNORED_LABEL).sum())
+    assert by_name["mlm_correct"] == int((mlm_logits.argmax(-1) == labels).sum())
+    assert by_name["nsp_count"] == 12
+    assert by_name["nsp_correct"] == int((nsp_logits.argmax(-1) == batch["nsp_labels"]).sum())
+
+
+def test_gradients_are_hugging_faces(shards: Path, tiny_model: ModelConfig) -> None:
+    model = build(tiny_model, 0).eval()
+    batch = real_batch(shards, 0)
+    hugging_face(model, batch)[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    mean_loss(PretrainingLoss(model).eval()(**batch)).backward()
+    assert expected.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_sums_add_over_micro_batches(shards: Path, tiny_model: ModelConfig) -> None:
+    model = PretrainingLoss(build(tiny_model, 0)).eval()
+    batch = real_batch(shards, 0)
+    parts = [{name: tensor[first : first + 4] for name, tensor in batch.items()} for first in (0, 4, 8)]
+    torch.testing.assert_close(sum(model(**part) for part in parts), model(**batch), rtol=1e-5, atol=1e-4)
+
+
+def test_padded_predictions_and_padded_tokens_change_nothing(shards: Path, tiny_model: ModelConfig) -> None:
+    model = PretrainingLoss(build(tiny_model, 0)).eval()
+    batch = real_batch(shards, 0)
+    changed = dict(batch)
+    changed["mlm_positions"] = torch.where(batch["mlm_labels"] == IGNORED_LABEL, 3, batch["mlm_positions"])
+    changed["input_ids"] = torch.where(batch["attention_mask"] == 0, 77, batch["input_ids"])
+    assert not torch.equal(changed["input_ids"], batch["input_ids"])
+    assert not torch.equal(changed["mlm_positions"], batch["mlm_positions"])
+    torch.testing.assert_close(model(**changed), model(**batch), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_hidden_states_are_hugging_faces_bit_for_bit(
+    shards: Path, tiny_model: ModelConfig, attention: str, padded: bool
+) -> None:
+    model = build(tiny_model, 3, attention).eval()
+    batch = real_batch(shards, 3)
+    if not padded:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    inputs = batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        expected = model.bert(
+            input_ids=inputs[0], token_type_ids=inputs[1], attention_mask=inputs[2], output_hidden_states=True
+        ).hidden_states
+        found = list(iter_hidden(model, *inputs))
+    assert [k for k, _ in found] == list(range(5))
+    assert len(expected) == 5
+    for (k, h_BTD), wanted in zip(found, expected, strict=True):
+        assert torch.equal(h_BTD, wanted), k
+    assert torch.equal(last_hidden(model, *inputs), expected[-1])
+    assert not torch.equal(expected[-1], expected[-2])
+
+
+def test_hidden_states_are_hugging_faces_with_dropout(shards: Path, tiny_model: ModelConfig) -> None:
+    model = build(tiny_model, 3).train()
+    batch = real_batch(shards, 3)
+    inputs = batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
+    torch.manual_seed(5)
+    expected = model.bert(input_ids=inputs[0], token_type_ids=inputs[1], attention_mask=inputs[2]).last_hidden_state
+    torch.manual_seed(5)
+    assert torch.equal(last_hidden(model, *inputs), expected)
+    assert not torch.equal(last_hidden(model, *inputs), expected), "dropout is on"
+
+
+def test_hidden_states_are_computed_when_asked_for(shards: Path, tiny_model: ModelConfig) -> None:
+    model = build(tiny_model, 0).eval()
+    batch = real_batch(shards, 0)
+    called = []
+    for index, layer in enumerate(families.layers(model)):
+        layer.register_forward_hook(lambda *_, index=index: called.append(index))
+    for k, _ in iter_hidden(model, batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]):
+        assert called == list(range(k))
+        if k == 2:
+            break
+    assert called == [0, 1]
+
+
+def test_gathering_before_the_head_is_faster_than_all_positions() -> None:
+    shape = ModelConfig(
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_attention_heads=2,
+        intermediate_size=128,
+        vocab_size=8192,
+        max_position_embeddings=128,
+    )
+    model = build(shape, 0, spread=0.02).train()
+    ours = PretrainingLoss(model).train()
+    positions = torch.stack([torch.randperm(126)[:20].sort().values + 1 for _ in range(4)])
+    batch = {
+        "input_ids": torch.randint(5, 8192, (4, 128)),
+        "token_type_ids": torch.zeros(4, 128, dtype=torch.int64),
+        "attention_mask": torch.ones(4, 128, dtype=torch.int64),
+        "mlm_positions": positions,
+        "mlm_labels": torch.randint(5, 8192, (4, 20)),
+        "nsp_labels": torch.tensor([0, 1, 0, 1]),
+    }
+    seconds: dict[str, list[float]] = {"gathered": [], "all positions": []}
+    for _ in range(8):
+        for name in seconds:
+            started = time.process_time()  # on one thread: the wall clock of a machine of one's own
+            loss = mean_loss(ours(**batch)) if name == "gathered" else hugging_face(model, batch)[0]
+            loss.backward()
+            seconds[name].append(time.process_time() - started)
+    medians = {name: median(values[1:]) for name, values in seconds.items()}
+    print(medians)
+    assert medians["gathered"] < medians["all positions"]

@@ -1,0 +1,271 @@
+"""From a recipe to a shard folder and back: contents, splits, refusals, and nothing half-written."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from data_prep.prepare import choose_split, prepare, unigram_cross_entropy
+from data_prep.recipe import DataRecipe
+from data_prep.sentences import split_sentences
+from data_prep.verify import verify
+from mslt.data.manifest import read_manifest
+from mslt.data.shards import ShardWriter, SpecialIds, open_shards
+from mslt.errors import MsltError
+from mslt.files import whole_folder
+from mslt.validation import read_yaml, validate
+
+WORDS = ["the", "river", "house", "of", "a", "small", "old", "town", "where", "people", "walk", "about", "rain"]
+
+
+def make_text(index: int) -> str:
+    """A document of three short paragraphs, its own for each index."""
+    rng = np.random.default_rng(index)
+    sentences = [" ".join(rng.choice(WORDS, 7)).capitalize() + "." for _ in range(6)]
+    return f"Document {index}.\n\n" + " ".join(sentences[:3]) + "\n\n" + "\n".join(sentences[3:])
+
+
+def make_sources(folder: Path, num_documents: int = 40) -> Path:
+    folder.mkdir()
+    for index in range(num_documents):
+        (folder / f"{index:03d}.txt").write_text(make_text(index))
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "stars.txt").write_text("* * *")
+    return folder
+
+
+def make_recipe(path: Path, **changes: Any) -> DataRecipe:
+    values = {"sources": [{"kind": "text", "path": str(path)}], "vocabulary": {"size": 256}, "validation_share": 0.2}
+    return validate(DataRecipe, values | changes, "test")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    prepare(make_recipe(make_sources(tmp_path / "text")), tmp_path / "shards", shard_tokens=1000)
+    return tmp_path / "shards"
+
+
+def test_shards_hold_the_documents(made: Path) -> None:
+    manifest = read_manifest(made)
+    rules, train, validation = manifest.rules, manifest.splits["train"], manifest.splits["validation"]
+    assert (rules.dropped_empty_documents, rules.dropped_short_documents) == (1, 1)
+    assert train.documents + validation.documents == 40
+    assert validation.documents > 0
+    assert len(train.shards) > 1
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer/tokenizer.json"))
+    texts = [" ".join(make_text(i).replace("\n\n", "\x00").split()).replace("\x00", "\n") for i in range(40)]
+    for split in ("train", "validation"):
+        shards = open_shards(made, split)
+        expected = [t for t in texts if choose_split(t, 0.2) == split]
+        assert shards.num_documents == len(expected)
+        assert shards.num_sentences == manifest.splits[split].sentences
+        for document, text in enumerate(expected):
+            first, last = shards.document_starts[document : document + 2]
+            sentences = [e.ids for e in tokenizer.encode_batch(split_sentences(text), add_special_tokens=False)]
+            assert [shards.tokens(i, i + 1).tolist() for i in range(first, last)] == sentences
+            assert shards.tokens(first, last).tolist() == [token for sentence in sentences for token in sentence]
+            assert shards.sentence_lengths[first:last].tolist() == list(map(len, sentences))
+        assert shards.special_ids == SpecialIds(0, 1, 2, 3, 4)
+        assert shards.sentence_lengths.dtype == np.uint32
+        assert shards.tokens(0, 1).dtype == np.uint16
+        assert pickle.loads(pickle.dumps(shards)).tokens(0, 1).tolist() == shards.tokens(0, 1).tolist()
+
+
+def test_two_runs_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    prepare(make_recipe(tmp_path / "text"), tmp_path / "again", shard_tokens=1000)
+    files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert all((made / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    assert not any("spool" in str(name) for name in files)
+
+
+def test_prepared_folder_is_left_as_it_is(made: Path, tmp_path: Path) -> None:
+    before = (made / "manifest.json").stat().st_mtime_ns
+    manifest, is_new = prepare(make_recipe(tmp_path / "text"), made)
+    assert not is_new
+    assert manifest == read_manifest(made)
+    assert (made / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(MsltError, match="made from another recipe"):
+        prepare(make_recipe(tmp_path / "text", validation_share=0.3), made)
+    (tmp_path / "text/new.txt").write_text("Another file.")
+    with pytest.raises(MsltError, match="made from another recipe or other source files"):
+        prepare(make_recipe(tmp_path / "text"), made)
+
+
+def test_a_folder_that_is_something_else_is_never_replaced(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    with pytest.raises(MsltError, match="is no shard folder"):
+        prepare(make_recipe(text), text)
+    assert (text / "000.txt").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MsltError, match="is no shard folder"):
+        prepare(make_recipe(text), tmp_path / "file")
+
+
+def test_split_is_stable_when_sources_are_added() -> None:
+    texts = [make_text(i) for i in range(2000)]
+    held_out = sum(choose_split(text, 0.1) == "validation" for text in texts)
+    assert 150 < held_out < 250
+    assert all(choose_split(t, 0.2) == "validation" for t in texts if choose_split(t, 0.1) == "validation")
+    assert choose_split(texts[0], 0) == "train"
+
+
+def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    with pytest.raises(MsltError, match=r"1000 tokens or more for the train split.* 41 too short"):
+        prepare(make_recipe(text, min_document_tokens=1000), tmp_path / "out")
+    with pytest.raises(MsltError, match=r"validation_share: .*raise it"):
+        prepare(make_recipe(text, validation_share=1e-9), tmp_path / "out")
+    (text / "binary.txt").write_bytes(b"\0")
+    with pytest.raises(MsltError, match=r"binary.txt"):
+        prepare(make_recipe(text), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text"]
+
+
+def test_without_validation(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    manifest, _ = prepare(make_recipe(text, validation_share=0), tmp_path / "out")
+    assert manifest.unigram_entropy_nats is None
+    assert verify(tmp_path / "out")["validation"]["documents"] == 0
+    with pytest.raises(MsltError, match="validation split is empty"):
+        open_shards(tmp_path / "out", "validation")
+
+
+def test_existing_vocabulary_keeps_its_ids(made: Path, tmp_path: Path) -> None:
+    vocabulary = {"file": str(made / "tokenizer/vocab.txt")}
+    prepare(make_recipe(tmp_path / "text", vocabulary=vocabulary), tmp_path / "given")
+    assert read_manifest(tmp_path / "given").tokenizer == read_manifest(made).tokenizer
+    ours, given = open_shards(made, "train"), open_shards(tmp_path / "given", "train")
+    assert ours.tokens(0, 3).tolist() == given.tokens(0, 3).tolist()
+    assert not prepare(make_recipe(tmp_path / "text", vocabulary=vocabulary), tmp_path / "given")[1]
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train", 70_000) as writer:
+        writer.add([[69_999, 1], [2]])
+    assert writer.entry.tokens == 3
+    assert writer.token_counts[69_999] == 1
+
+
+def test_unigram_cross_entropy_by_hand() -> None:
+    # Train 3 × a, 0 × b: p = 4/5, 1/5; validation a, b.
+    expected = -(np.log(0.8) + np.log(0.2)) / 2
+    assert unigram_cross_entropy(np.array([3, 0]), np.array([1, 1])) == pytest.approx(expected, abs=1e-8)
+
+
+def test_all_mistakes_of_a_recipe_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "sources:\n  - {kind: books}\n  - {kind: blogs, path: x, colour: red}\n"
+        "vocabulary: {size: 10, file: v.txt, lowercse: true}\nvalidation_shar: 0.1\n"
+    )
+    with pytest.raises(MsltError) as caught:
+        validate(DataRecipe, read_yaml(path), str(path))
+    for said in ("sources.0: a source of kind books needs a path", "sources.1.kind", "sources.1.colour: unknown key",
+                 "vocabulary.size", "vocabulary.lowercse: unknown key", "validation_shar: unknown key"):  # fmt: skip
+        assert said in str(caught.value)
+    with pytest.raises(MsltError, match="leave out size"):
+        validate(DataRecipe, {"sources": [{"kind": "python_docs"}], "vocabulary": {"file": "v", "size": 512}}, "r")
+    path.write_text("a: [")
+    with pytest.raises(MsltError, match="not readable as YAML"):
+        read_yaml(path)
+
+
+def test_verify_finds_what_the_size_does_not_show(made: Path) -> None:
+    assert verify(made)["train"]["documents"] == open_shards(made, "train").num_documents
+    path = made / "train-00000.arrow"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    read_manifest(made)
+    with pytest.raises(MsltError, match=r"train-00000.arrow: sha256"):
+        verify(made)
+
+
+def test_verify_finds_a_token_beyond_the_vocabulary(made: Path) -> None:
+    with ShardWriter(made, "train", 1000) as writer:
+        writer.add([[5, 999]])
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["splits"]["train"] |= dataclasses.asdict(writer.entry)
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MsltError, match="token id 999, the vocabulary has"):
+        verify(made)
+
+
+def test_damaged_folders_are_refused(made: Path, tmp_path: Path) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(made, tmp_path / name))
+
+    with pytest.raises(MsltError, match="no such folder"):
+        open_shards(tmp_path / "nowhere", "train")
+    folder = damaged("unfinished")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(MsltError, match=r"no finished shard folder; .*mslt data prepare"):
+        open_shards(folder, "train")
+    folder = damaged("missing")
+    (folder / "train-00001.arrow").unlink()
+    with pytest.raises(MsltError, match=r"train-00001.arrow: missing"):
+        open_shards(folder, "validation")
+    folder = damaged("truncated")
+    path = folder / "train-00000.arrow"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(MsltError, match=r"train-00000.arrow: \d+ bytes, the manifest says"):
+        open_shards(folder, "train")
+    folder = damaged("overwritten")
+    path = folder / "train-00000.arrow"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(MsltError, match=r"train-00000.arrow: not a readable shard"):
+        open_shards(folder, "train")
+    folder = damaged("tokenizer")
+    path = folder / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(MsltError, match=r"shards were made with another tokenizer: sha256 .*restore the tokenizer"):
+        open_shards(folder, "train")
+    path.unlink()
+    with pytest.raises(MsltError, match=r"tokenizer.json: missing"):
+        open_shards(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 99}, "format version 99, this mslt reads 1; upgrade"),
+        ({"splits": {"train": {"documents": "many"}}}, "splits.train.documents"),
+        ({"splits": {}}, "splits.train is missing"),
+    ],
+)
+def test_manifest_that_cannot_be_read(made: Path, change: dict[str, Any], said: str) -> None:
+    path = made / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(MsltError, match=said):
+        read_manifest(made)
+    path.write_text("{")
+    with pytest.raises(MsltError, match="not JSON"):
+        read_manifest(made)
+
+
+def test_manifest_hash_changes_with_the_corpus(made: Path) -> None:
+    manifest = read_manifest(made)
+    assert manifest.hash == read_manifest(made).hash
+    assert dataclasses.replace(manifest, recipe_sha256="0").hash != manifest.hash
+
+
+def test_interrupted_folder_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def interrupted() -> None:
+        with whole_folder(out) as folder:
+            (folder / "half.arrow").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == [out]
+    assert not any(out.iterdir())

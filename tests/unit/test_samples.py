@@ -1,0 +1,502 @@
+"""From shards to batches: Devlin's pairs and masks, the same wherever and whenever a sample is asked for.
+
+The pairs are compared with Google's `create_instances_from_document`, written here as slowly as there, on the same
+keyed draws.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mslt.config import DataConfig
+from mslt.data import keyed
+from mslt.data.loader import Batch, Samples, evaluation_batches, training_batches
+from mslt.data.masking import IGNORED_LABEL, mask_tokens
+from mslt.data.order import EpochIndex, SampleOrder, truncated_lengths
+from mslt.data.shards import Shards, open_shards
+from mslt.errors import MsltError
+from mslt.plan import Plan, Stage
+
+
+class Corpus:
+    """Stands in for Shards: documents given by their sentences' lengths, every token a number of its own."""
+
+    folder, split = Path("corpus"), "train"
+
+    def __init__(self, documents: list[list[int]]) -> None:
+        self.num_documents = len(documents)
+        self.document_starts = np.cumsum([0, *map(len, documents)])
+        self.token_starts = np.cumsum([0, *(length for document in documents for length in document)])
+
+    def tokens(self, first_sentence: int, last_sentence: int) -> np.ndarray:
+        return np.arange(self.token_starts[first_sentence], self.token_starts[last_sentence])
+
+    def document_of(self, token: int) -> int:
+        sentence = int(np.searchsorted(self.token_starts, token, side="right")) - 1
+        return int(np.searchsorted(self.document_starts, sentence, side="right")) - 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    start: int
+    a_end: int
+    end: int
+    target: int
+    document: int
+    num_sentences: int
+
+    @property
+    def is_random(self) -> bool:
+        return self.end == self.a_end
+
+
+def devlin_chunks(
+    shards: Corpus | Shards, document: int, max_tokens: int, short_probability: float, seed: int, epoch: int
+) -> list[Chunk]:
+    target = max_tokens
+    if keyed.uniform(seed, "short", epoch, document) < short_probability:
+        target = 2 + int(keyed.integers(max_tokens - 1, seed, "short_length", epoch, document))  # randint(2, max)
+    first, last = (int(bound) for bound in shards.document_starts[document : document + 2])
+    chunks: list[Chunk] = []
+    current: list[int] = []
+    length = 0
+    i = first
+    while i < last:
+        current.append(i)
+        length += len(shards.tokens(i, i + 1))
+        if i == last - 1 or length >= target:
+            key = (epoch, document, current[0])
+            a_size = 1
+            if len(current) >= 2:
+                a_size = 1 + int(keyed.integers(len(current) - 1, seed, "split", *key))  # randint(1, len - 1)
+            is_random = len(current) == 1 or bool(keyed.uniform(seed, "next", *key) < 0.5)
+            a_end = current[0] + a_size
+            end = a_end if is_random else current[-1] + 1
+            chunks.append(Chunk(current[0], a_end, end, target, document, len(current)))
+            if is_random:
+                i -= len(current) - a_size  # put the unused segments back
+            current, length = [], 0
+        i += 1
+    return chunks
+
+
+def devlin_epoch(
+    shards: Corpus | Shards, max_tokens: int, short_probability: float, seed: int, epoch: int
+) -> list[Chunk]:
+    chunks = [
+        chunk
+        for document in range(shards.num_documents)
+        for chunk in devlin_chunks(shards, document, max_tokens, short_probability, seed, epoch)
+    ]
+    return sorted(chunks, key=lambda chunk: int(keyed.bits(seed, "order", epoch, chunk.start)))
+
+
+def devlin_pair(
+    shards: Corpus | Shards, chunk: Chunk, max_tokens: int, seed: int, epoch: int, index: int
+) -> tuple[list[int], list[int]]:
+    a = shards.tokens(chunk.start, chunk.a_end).tolist()
+    if chunk.is_random:
+        others = [document for document in range(shards.num_documents) if document != chunk.document]
+        other = others[int(keyed.integers(len(others), seed, "other", epoch, index))]
+        first, last = (int(bound) for bound in shards.document_starts[other : other + 2])
+        start = first + int(keyed.integers(last - first, seed, "other_start", epoch, index))
+        b: list[int] = []
+        for sentence in range(start, last):
+            b.extend(shards.tokens(sentence, sentence + 1).tolist())
+            if len(b) >= chunk.target - len(a):
+                break
+    else:
+        b = shards.tokens(chunk.a_end, chunk.end).tolist()
+    taken = {"a": 0, "b": 0}
+    while len(a) + len(b) > max_tokens:
+        name, side = ("a", a) if len(a) > len(b) else ("b", b)
+        from_front = keyed.uniform(seed, f"truncate_{name}", epoch, index, taken[name]) < 0.5
+        side.pop(0 if from_front else -1)
+        taken[name] += 1
+    return a, b
+
+
+def chunks_of(index: EpochIndex) -> list[tuple[int, ...]]:
+    columns = (index.start, index.a_end, index.end, index.target, index.document)
+    return [tuple(map(int, row)) for row in zip(*columns, strict=True)]
+
+
+def compare_with_devlin(
+    shards: Corpus | Shards, length: int, short_probability: float, seed: int, epoch: int, num_pairs: int
+) -> list[Chunk]:
+    order = SampleOrder(shards, length, short_probability, seed)  # type: ignore[arg-type]
+    expected = devlin_epoch(shards, length - 3, short_probability, seed, epoch)
+    found = chunks_of(order.index(epoch))
+    assert found == [(chunk.start, chunk.a_end, chunk.end, chunk.target, chunk.document) for chunk in expected]
+    for index in range(0, len(found), max(len(found) // num_pairs, 1)):
+        pair = order.pair(epoch, index)
+        assert (pair.a.tolist(), pair.b.tolist()) == devlin_pair(
+            shards, expected[index], length - 3, seed, epoch, index
+        ), index
+        assert pair.is_random == expected[index].is_random
+        assert min(len(pair.a), len(pair.b)) >= 1
+    return expected
+
+
+def config(length: int, **changes: float) -> DataConfig:
+    return DataConfig(shards="", sequence_length=length, max_predictions=5).model_copy(update=changes)
+
+
+def rows(batch: Batch) -> list[tuple[list[int], ...]]:
+    return [
+        tuple(np.ravel(tensor[row]).tolist() for tensor in batch.values()) for row in range(len(batch["input_ids"]))
+    ]
+
+
+def stage_of(plan: Plan, **changes: int) -> Stage:
+    return plan.stages[1].model_copy(update=changes)
+
+
+# Pairs
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=8), min_size=2, max_size=6),
+    length=st.integers(8, 24),
+    short_probability=st.sampled_from([0.0, 0.1, 0.9]),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 3),
+)
+def test_any_corpus_is_paired_as_devlin_does(
+    documents: list[list[int]], length: int, short_probability: float, seed: int, epoch: int
+) -> None:
+    compare_with_devlin(Corpus(documents), length, short_probability, seed, epoch, num_pairs=100)
+
+
+@pytest.mark.parametrize(("length", "seed", "epoch"), [(32, 0, 0), (128, 3, 1)])
+def test_real_text_is_paired_as_devlin_does(shards: Path, length: int, seed: int, epoch: int) -> None:
+    chunks = compare_with_devlin(open_shards(shards, "train"), length, 0.1, seed, epoch, num_pairs=200)
+    assert len({chunk.target for chunk in chunks}) > 5, "short targets come in all lengths"
+    short = [chunk.target < length - 3 for chunk in {chunk.document: chunk for chunk in chunks}.values()]
+    assert 0.02 < np.mean(short) < 0.2
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_sentence_is_in_one_chunk_of_an_epoch(shards: Path, epoch: int) -> None:
+    train = open_shards(shards, "train")
+    index = SampleOrder(train, 64, 0.1, seed=0).index(epoch)
+    by_start = np.argsort(index.start)
+    start, end = index.start[by_start], np.maximum(index.a_end, index.end)[by_start]
+    assert start[0] == 0
+    assert end[-1] == train.num_sentences
+    assert (start[1:] == end[:-1]).all(), "each goes on where the one before ended"
+    assert (index.a_end > index.start).all()
+    first_document, last_document = (
+        np.searchsorted(train.document_starts, sentence, side="right") - 1 for sentence in (start, end - 1)
+    )
+    assert (first_document == last_document).all()
+    assert (first_document == index.document[by_start]).all()
+
+
+def test_nothing_is_lost_but_by_truncation() -> None:
+    corpus = Corpus([[3, 40, 5, 2, 2, 9], [4, 4], [30]])
+    order = SampleOrder(corpus, 16, 0.0, seed=1)  # type: ignore[arg-type]
+    index = order.index(0)
+    for i, (start, a_end, end, _, _) in enumerate(chunks_of(index)):
+        pair = order.pair(0, i)
+        wholes = [corpus.tokens(start, a_end).tolist()]
+        wholes += [] if pair.is_random else [corpus.tokens(a_end, end).tolist()]
+        for whole, part in zip(wholes, (pair.a.tolist(), pair.b.tolist()), strict=False):
+            at = whole.index(part[0])
+            assert whole[at : at + len(part)] == part, "what is left is one piece"
+            if len(pair.a) + len(pair.b) < 13:
+                assert whole == part
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_half_of_the_chunks_that_could_follow_do(shards: Path, seed: int) -> None:
+    train = open_shards(shards, "train")
+    order = SampleOrder(train, 64, 0.1, seed)
+    is_random: dict[bool, list[bool]] = {True: [], False: []}
+    for epoch in range(3):
+        sizes = {chunk.start: chunk.num_sentences for chunk in devlin_epoch(train, 61, 0.1, seed, epoch)}
+        for start, a_end, end, *_ in chunks_of(order.index(epoch)):
+            is_random[sizes[start] >= 2].append(end == a_end)
+    divisible, single = is_random[True], is_random[False]
+    print(f"seed {seed}: {np.mean(divisible):.2%} of {len(divisible)} chunks are random")
+    assert len(divisible) > 5000
+    assert abs(np.mean(divisible) - 0.5) < 0.03
+    assert len(single) > 100
+    assert all(single)
+
+
+@pytest.mark.parametrize("num_documents", [2, 3, 5])
+def test_negatives_come_from_all_other_documents_evenly(num_documents: int) -> None:
+    corpus = Corpus([[5, 7, 6]] * num_documents)
+    order = SampleOrder(corpus, 16, 0.1, seed=0)  # type: ignore[arg-type]
+    counts = np.zeros((num_documents, num_documents))
+    starts = np.zeros(3)
+    for epoch in range(1200 // num_documents):
+        for i, document in enumerate(order.index(epoch).document):
+            pair = order.pair(epoch, i)
+            origin = corpus.document_of(int(pair.b[0]))
+            assert (origin != document) == pair.is_random
+            if pair.is_random:
+                counts[document, origin] += 1
+                sentence = int(np.searchsorted(corpus.token_starts, int(pair.b[0]), side="right")) - 1
+                starts[sentence % 3] += 1
+    expected = counts.sum() / (num_documents * (num_documents - 1))
+    off_diagonal = counts[~np.eye(num_documents, dtype=bool)]
+    assert np.abs(off_diagonal - expected).max() < 5 * expected**0.5
+    assert counts.diagonal().sum() == 0
+    assert np.abs(starts / starts.sum() - 1 / 3).max() < 0.08, "from any sentence on"
+
+
+def test_negatives_of_real_text_are_of_another_document(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = open_shards(shards, "train")
+    order = SampleOrder(train, 64, 0.1, seed=2)
+    read: list[int] = []
+    tokens = train.tokens
+    monkeypatch.setattr(train, "tokens", lambda first, last: (read.append(first), tokens(first, last))[1])
+    num_random = 0
+    for i, document in enumerate(order.index(0).document[:500]):
+        read.clear()
+        pair = order.pair(0, i)
+        origin_a, origin_b = np.searchsorted(train.document_starts, read, side="right") - 1
+        assert origin_a == document
+        assert (origin_b != document) == pair.is_random
+        num_random += pair.is_random
+    assert num_random > 100
+
+
+@pytest.mark.parametrize("max_length", range(2, 14))
+def test_truncated_lengths_are_those_of_the_loop(max_length: int) -> None:
+    for a in range(16):
+        for b in range(16):
+            left = [a, b]
+            while sum(left) > max_length:
+                left[0 if left[0] > left[1] else 1] -= 1
+            assert truncated_lengths(a, b, max_length) == tuple(left), (a, b)
+
+
+def test_both_ends_are_truncated_alike() -> None:
+    corpus = Corpus([[40, 40]] * 2)
+    order = SampleOrder(corpus, 33, 0.0, seed=0)  # type: ignore[arg-type]
+    fronts = []
+    for epoch in range(200):
+        for i, start in enumerate(order.index(epoch).start):
+            pair = order.pair(epoch, i)
+            assert (len(pair.a), len(pair.b)) == (15, 15)
+            fronts.append(int(pair.a[0] - corpus.token_starts[start]))
+    assert len(fronts) > 400
+    assert abs(np.mean(fronts) - 12.5) < 5 * (25 / 4 / len(fronts)) ** 0.5
+    assert abs(np.var(fronts) - 25 / 4) < 2
+
+
+def test_fewer_than_two_documents_are_refused() -> None:
+    with pytest.raises(MsltError, match=r"corpus: split train holds 1 document\(s\); .*at least 2.*validation_share"):
+        SampleOrder(Corpus([[4, 5]]), 16, 0.1, seed=0)  # type: ignore[arg-type]
+
+
+# Positions
+
+
+def test_positions_run_through_epochs_without_gap() -> None:
+    corpus = Corpus([[5, 7, 6, 3], [2, 9], [12]])
+    order = SampleOrder(corpus, 16, 0.1, seed=0)  # type: ignore[arg-type]
+    addresses = [order.locate(position) for position in range(60)]
+    expected = [(epoch, i) for epoch in range(30) for i in range(len(order.index(epoch).start))]
+    assert addresses == expected[:60]
+    assert addresses[-1][0] > 5
+    later_first = SampleOrder(corpus, 16, 0.1, seed=0)  # type: ignore[arg-type]
+    assert [later_first.locate(position) for position in reversed(range(60))] == addresses[::-1]
+    backwards = [later_first.pair(*address).a.tolist() for address in addresses[::-1]]
+    assert backwards == [order.pair(*address).a.tolist() for address in addresses][::-1]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_sample_is_the_same_in_whichever_batch_it_comes(shards: Path, seed: int) -> None:
+    train = open_shards(shards, "train")
+    num_samples = len(SampleOrder(train, 32, 0.1, seed).index(0).start)
+    positions = [0, 1, 2, 17, num_samples - 1, num_samples, num_samples + 1, 2 * num_samples + 50]
+    alone = [rows(Samples(train, config(32), seed).batch([position]))[0] for position in positions]
+    together = Samples(train, config(32), seed)
+    assert rows(together.batch(positions)) == alone
+    assert rows(together.batch(positions[::-1])) == alone[::-1]
+    assert rows(together.batch(positions[3:5])) == alone[3:5]
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (2, 1)])
+def test_world_size_and_workers_do_not_alter_the_data(
+    shards: Path, tiny_plan: Plan, world_size: int, num_workers: int
+) -> None:
+    samples = Samples(open_shards(shards, "train"), config(32), seed=4)
+    stage = stage_of(tiny_plan, batch_size=12, steps=3, first_sample=500)
+    ranks = [training_batches(samples, stage, rank, world_size, 0, num_workers) for rank in range(world_size)]
+    steps = list(zip(*ranks, strict=True))
+    assert len(steps) == 3
+    for step, shares in enumerate(steps):
+        first = 500 + 12 * step
+        assert [row for share in shares for row in rows(share)] == rows(samples.batch(range(first, first + 12)))
+
+
+def test_a_stage_entered_late_goes_on_in_the_data(shards: Path, tiny_plan: Plan) -> None:
+    samples = Samples(open_shards(shards, "train"), config(32), seed=4)
+    stage = stage_of(tiny_plan, steps=6)
+    from_start = [rows(batch) for batch in training_batches(samples, stage, 0, 1, 0, 0)]
+    assert len(from_start) == 6
+    assert [rows(batch) for batch in training_batches(samples, stage, 0, 1, 4, 0)] == from_start[4:]
+    following = stage.model_copy(update={"first_sample": stage.first_sample + 8})
+    assert rows(next(training_batches(samples, following, 0, 1, 0, 0))) == from_start[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_held_out_samples_are_dealt_out_whole(shards: Path, world_size: int) -> None:
+    validation = open_shards(shards, "validation")
+    for wanted in (10, 10**6):
+        samples = Samples(validation, config(32, evaluation_samples=wanted), seed=0)
+        count = min(wanted, len(samples.order.index(0).start))
+        dealt = [
+            row
+            for rank in range(world_size)
+            for batch in evaluation_batches(samples, 4, rank, world_size)
+            for row in rows(batch)
+        ]
+        assert len(dealt) == count
+        assert sorted(dealt) == sorted(rows(samples.batch(range(count))))
+
+
+def test_epochs_and_seeds_differ_in_order_pairs_and_masks(shards: Path) -> None:
+    train = open_shards(shards, "train")
+    one, other = SampleOrder(train, 32, 0.1, 0), SampleOrder(train, 32, 0.1, 1)
+    epochs = [chunks_of(order.index(epoch)) for order, epoch in ((one, 0), (one, 1), (other, 0))]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert [chunk[0] for chunk in epochs[a][:50]] != [chunk[0] for chunk in epochs[b][:50]]
+        assert len(set(epochs[a]) & set(epochs[b])) < 0.9 * len(epochs[a])
+
+
+def test_masks_are_keyed_by_seed_and_sample() -> None:
+    def masks(seed: int, epochs: list[int], indices: list[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Positions, and what was put there, of the same text at each address."""
+        ids = np.tile(np.arange(10, 1010), (len(epochs), 1))
+        positions, _ = mask_tokens(
+            ids, np.ones_like(ids, bool), np.full(len(epochs), 1000), np.array(epochs), np.array(indices), seed=seed,
+            mask_probability=0.15, max_predictions=150, mask_id=4, vocab_size=512,
+        )  # fmt: skip
+        fates = np.where(np.take_along_axis(ids, positions, 1) == 4, 1, 0)
+        return [(tuple(p), tuple(f)) for p, f in zip(positions.tolist(), fates.tolist(), strict=True)]
+
+    same, again = masks(0, [3, 3], [8, 8])
+    assert same == again == masks(0, [3], [8])[0]
+    others = [*masks(0, [4, 3, 8], [8, 9, 3]), *masks(1, [3], [8])]
+    for part in (0, 1):
+        assert len({same[part], *(other[part] for other in others)}) == 5, ("positions", "fates")[part]
+
+
+# Batches
+
+
+@pytest.fixture(scope="module", params=[(32, 5), (64, 20)], ids=["T32-M5", "T64-M20"])
+def made(request: pytest.FixtureRequest, shards: Path) -> tuple[Samples, Batch]:
+    """1500 samples as one batch; max_predictions binds in the first, not in the second."""
+    length, max_predictions = request.param
+    samples = Samples(open_shards(shards, "train"), config(length, max_predictions=max_predictions), seed=6)
+    return samples, samples.batch(range(1500))
+
+
+def test_layout_is_cls_a_sep_b_sep(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    special, length = samples.special_ids, samples.config.sequence_length
+    for row in range(300):
+        pair = samples.order.pair(*samples.order.locate(row))
+        expected = [special.cls, *pair.a.tolist(), special.sep, *pair.b.tolist(), special.sep]
+        num_tokens = len(expected)
+        assert num_tokens <= length
+        positions, labels = (batch[name][row].numpy() for name in ("mlm_positions", "mlm_labels"))
+        found = batch["input_ids"][row].numpy().copy()
+        used = labels != IGNORED_LABEL
+        found[positions[used]] = labels[used]  # labels are the original tokens, all others stand unchanged
+        assert found.tolist() == expected + [special.pad] * (length - num_tokens)
+        num_first = len(pair.a) + 2
+        num_second = num_tokens - num_first
+        types = [0] * num_first + [1] * num_second + [0] * (length - num_tokens)
+        assert batch["token_type_ids"][row].tolist() == types
+        assert batch["attention_mask"][row].tolist() == [1] * num_tokens + [0] * (length - num_tokens)
+        assert batch["nsp_labels"][row] == pair.is_random
+    assert 0.3 < batch["nsp_labels"].double().mean() < 0.8
+
+
+def test_shapes_are_static_and_int64(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    length, most = samples.config.sequence_length, samples.config.max_predictions
+    shapes = {
+        "input_ids": (1500, length),
+        "token_type_ids": (1500, length),
+        "attention_mask": (1500, length),
+        "mlm_positions": (1500, most),
+        "mlm_labels": (1500, most),
+        "nsp_labels": (1500,),
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert int(batch["attention_mask"].sum(1).max()) == length, "the longest pairs fill the sequence"
+
+
+def test_number_of_predictions_is_devlins(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    counts = []
+    for labels, num_tokens in zip(batch["mlm_labels"], batch["attention_mask"].sum(1).tolist(), strict=True):
+        wanted = min(samples.config.max_predictions, max(1, round(num_tokens * 0.15)))
+        used = labels != IGNORED_LABEL
+        assert int(used.sum()) == wanted
+        assert used[:wanted].all(), "padding stands behind"
+        counts.append(wanted)
+    assert len(set(counts)) > 1
+
+
+def test_special_tokens_are_never_predicted(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    special = samples.special_ids
+    for row in range(1500):
+        positions, labels = batch["mlm_positions"][row], batch["mlm_labels"][row]
+        used = labels != IGNORED_LABEL
+        first_sep = int(batch["token_type_ids"][row].argmax()) - 1
+        last_sep = int(batch["attention_mask"][row].sum()) - 1
+        chosen = positions[used].tolist()
+        assert chosen == sorted(set(chosen)), "each once, ascending"
+        assert not {0, first_sep} & set(chosen)
+        assert chosen[-1] < last_sep
+        assert positions[~used].tolist() == [0] * int((~used).sum())
+        assert not set(labels[used].tolist()) & {special.pad, special.cls, special.sep, special.mask}
+        assert batch["input_ids"][row][[0, first_sep, last_sep]].tolist() == [special.cls, special.sep, special.sep]
+
+
+def test_eighty_ten_ten(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    used = batch["mlm_labels"] != IGNORED_LABEL
+    now = batch["input_ids"].gather(1, batch["mlm_positions"])[used]
+    labels = batch["mlm_labels"][used]
+    total = len(labels)
+    assert total > 4000
+    masked, same = now == samples.special_ids.mask, now == labels
+    for share, expected in ((masked, 0.8), (same, 0.1), (~masked & ~same, 0.1)):
+        assert abs(share.double().mean() - expected) < 5 * (expected * (1 - expected) / total) ** 0.5 + 1 / 512
+    replaced = now[~masked & ~same]
+    distinct = samples.vocab_size * (1 - (1 - 1 / samples.vocab_size) ** len(replaced))
+    assert len(replaced.unique()) > 0.9 * distinct, "random entries of the whole vocabulary"
+    assert int(replaced.max()) < samples.vocab_size
+
+
+def test_every_position_is_masked_alike(made: tuple[Samples, Batch]) -> None:
+    samples, batch = made
+    length = samples.config.sequence_length
+    full = batch["attention_mask"].sum(1) == length
+    positions, labels = batch["mlm_positions"][full], batch["mlm_labels"][full]
+    counts = torch.bincount(positions[labels != IGNORED_LABEL], minlength=length).double()
+    assert counts[0] == counts[-1] == 0
+    separators = torch.bincount(batch["token_type_ids"][full].argmax(1) - 1, minlength=length)
+    maskable = int(full.sum()) - separators[1:-1].double()
+    expected = maskable * counts.sum() / maskable.sum()
+    assert int(full.sum()) > 300
+    assert ((counts[1:-1] - expected).abs() < 5 * expected.sqrt()).all()

@@ -1,0 +1,155 @@
+"""M6: growth schedules as literal layer lists, and a learning rate without jumps."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mslt.config import load_recipe, parse_recipe
+from mslt.plan import HEAD_SLOTS, Plan, all_slots
+from mslt.schedule import full, lr_at, make_plan, mslt
+
+HEADS = ["pooler", "mlm_head", "nsp_head"]
+
+
+def all_rates(plan: Plan) -> list[float]:
+    return [lr_at(stage, step) for stage in plan.stages for step in range(stage.steps)]
+
+
+def test_bert_base_rates_at_stage_borders() -> None:
+    plan = make_plan(load_recipe("bert-base"), {})
+    assert [plan.first_step(index) for index in range(5)] == [0, 200_000, 400_000, 600_000, 800_000]
+    for index in range(1, 5):
+        t = 200_000 * index
+        assert lr_at(plan.stages[index], 0) == pytest.approx(0.00088 * (1e6 - t) / 99e4, abs=1e-12)
+        before = lr_at(plan.stages[index - 1], 199_999)
+        assert before == pytest.approx(0.00088 * (1e6 - t + 1) / 99e4, abs=1e-12)
+    assert [f"{lr_at(stage, 0):.2e}" for stage in plan.stages[1:]] == ["7.11e-04", "5.33e-04", "3.56e-04", "1.78e-04"]
+    assert lr_at(plan.stages[0], 9_999) == pytest.approx(0.00088, abs=1e-12)
+    assert lr_at(plan.stages[0], 10_000) == pytest.approx(0.00088, abs=1e-12)
+    assert lr_at(plan.stages[0], 0) == pytest.approx(0.00088 / 10_000, abs=1e-12)
+    assert lr_at(plan.stages[4], 199_999) == pytest.approx(0.00088 / 99e4, abs=1e-12)
+
+
+@pytest.mark.parametrize(("k", "warmup"), [(1, 1), (2, 5), (4, 25), (4, 59)])
+def test_rate_warms_up_once_and_never_jumps(tiny_recipe: dict[str, Any], k: int, warmup: int) -> None:
+    tiny_recipe["schedule"]["k"] = k
+    tiny_recipe["optimizer"]["warmup_steps"] = warmup
+    rates = all_rates(make_plan(parse_recipe(tiny_recipe, "r"), {}))
+    peak = 0.01
+    assert len(rates) == 60
+    assert min(rates) > 0
+    assert max(rates) == rates[warmup - 1] == pytest.approx(peak)
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a > b for a, b in pairwise(rates[warmup:]))
+    largest_step = max(peak / warmup, peak / (60 - warmup))
+    assert all(abs(a - b) <= largest_step * (1 + 1e-9) for a, b in pairwise(rates))
+
+
+def test_rate_without_warm_up_starts_at_the_peak(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["optimizer"]["warmup_steps"] = 0
+    rates = all_rates(make_plan(parse_recipe(tiny_recipe, "r"), {}))
+    assert rates[0] == 0.01
+    assert rates[-1] == pytest.approx(0.01 / 60)
+
+
+def test_per_stage_rate_warms_up_in_every_stage(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["schedule"]["learning_rate"] = "per_stage"
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    for stage in plan.stages:
+        rates = [lr_at(stage, step) for step in range(stage.steps)]
+        assert rates == pytest.approx([0.01 * (t + 1) / 5 if t < 5 else 0.01 * (20 - t) / 15 for t in range(20)])
+
+
+def test_per_stage_warm_up_fits_into_a_short_stage(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["schedule"] |= {"learning_rate": "per_stage", "steps": 12, "retrain_share": 0.1}
+    tiny_recipe["optimizer"]["warmup_steps"] = 8
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    assert [stage.steps for stage in plan.stages] == [6, 5, 1]
+    assert all(0 < rate <= 0.01 for rate in all_rates(plan))
+
+
+def test_twelve_layers_in_four_stages() -> None:
+    stages = mslt(depth=12, k=4, steps=100, retrain_steps=20)
+    assert [stage.sources for stage in stages] == [
+        ("random", "random", "random"),
+        (0, 1, 2, 0, 1, 2),
+        (0, 1, 2, 3, 4, 5, 3, 4, 5),
+        (0, 1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8),
+        (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
+    ]
+    assert [list(stage.trainable) for stage in stages] == [
+        ["embeddings", "layer.0", "layer.1", "layer.2", *HEADS],
+        ["layer.3", "layer.4", "layer.5", *HEADS],
+        ["layer.6", "layer.7", "layer.8", *HEADS],
+        ["layer.9", "layer.10", "layer.11", *HEADS],
+        list(all_slots(12)),
+    ]
+    assert [stage.steps for stage in stages] == [20] * 5
+
+
+def test_six_layers_in_three_stages() -> None:
+    stages = mslt(depth=6, k=3, steps=100, retrain_steps=25)
+    assert [stage.sources for stage in stages] == [
+        ("random", "random"),
+        (0, 1, 0, 1),
+        (0, 1, 2, 3, 2, 3),
+        (0, 1, 2, 3, 4, 5),
+    ]
+    assert stages[2].trainable == ("layer.4", "layer.5", *HEAD_SLOTS)
+    assert [stage.steps for stage in stages] == [25] * 4
+
+
+def test_four_layers_in_two_stages() -> None:
+    stages = mslt(depth=4, k=2, steps=60, retrain_steps=20)
+    assert [stage.sources for stage in stages] == [("random", "random"), (0, 1, 0, 1), (0, 1, 2, 3)]
+    assert stages[1].trainable == ("layer.2", "layer.3", *HEAD_SLOTS)
+    assert [stage.steps for stage in stages] == [20] * 3
+
+
+def test_full_trains_everything_from_the_first_step() -> None:
+    (stage,) = full(depth=3, steps=7)
+    assert stage.sources == ("random", "random", "random")
+    assert stage.trainable == all_slots(3)
+    assert stage.steps == 7
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(k=st.integers(1, 12), steps=st.integers(14, 10**6), retrain_steps=st.integers(1, 13))
+def test_steps_add_up_and_stages_differ_by_one_at_most(k: int, steps: int, retrain_steps: int) -> None:
+    stages = mslt(12 * k, k, steps, retrain_steps)
+    assert sum(stage.steps for stage in stages) == steps
+    growing = [stage.steps for stage in stages[:-1]]
+    assert len(growing) == k
+    assert growing == sorted(growing, reverse=True)
+    assert growing[0] - growing[-1] <= 1
+    assert stages[-1].steps == retrain_steps
+
+
+@pytest.mark.parametrize("steps", [60, 61, 62, 63])
+def test_samples_and_steps_count_on_over_stages(tiny_recipe: dict[str, Any], steps: int) -> None:
+    tiny_recipe["schedule"]["steps"] = steps
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    assert plan.steps == steps
+    done_steps = 0
+    for index, stage in enumerate(plan.stages):
+        assert plan.first_step(index) == done_steps
+        assert stage.first_sample == done_steps * 8
+        assert stage.learning_rate.first_step == done_steps
+        assert stage.learning_rate.total_steps == steps
+        done_steps += stage.steps
+
+
+def test_what_is_the_same_for_all_stages_comes_from_the_recipe(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["training"]["seed"] = 3
+    tiny_recipe["schedule"]["frozen_dropout"] = False
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {"zero_optimization": {"stage": 0}}, "f" * 64)
+    for stage in plan.stages:
+        assert (stage.batch_size, stage.micro_batch_size, stage.sequence_length, stage.seed) == (8, 4, 32, 3)
+        assert stage.optimizer_state == "reset"
+        assert stage.frozen_dropout is False
+    assert plan.shards_sha256 == "f" * 64
+    assert plan.engine == {"zero_optimization": {"stage": 0}}
+    assert plan.clip_norm == 1.0
