@@ -24,7 +24,7 @@ from mslt.data.order import SampleOrder
 from mslt.data.shards import open_shards
 from mslt.engine.ds_config import read_engine_config
 from mslt.errors import MsltError
-from mslt.plan import Plan
+from mslt.plan import Plan, micro_batch_size
 from mslt.provenance import provenance
 from mslt.rundir import RunDir, open_run
 from mslt.schedule import make_plan
@@ -40,7 +40,7 @@ class Opened:
     shards: Path
 
 
-def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None) -> Opened:
+def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None, num_workers: int) -> Opened:
     """Read the recipe, check it against its shards, and start or continue its run directory.
 
     `run_dir` defaults to runs/NAME, `shards` to the recipe's data.shards. MsltError, before anything is written, for
@@ -52,6 +52,8 @@ def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None) ->
     manifest = read_manifest(folder)
     plan = make_plan(recipe, engine, manifest.hash)
     _check_shards(recipe, folder, manifest)
+    for stage in plan.stages:
+        micro_batch_size(stage, num_workers)
     run_path = run_dir or Path("runs") / Path(name_or_path).stem
     recipe_text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     return Opened(recipe, plan, open_run(run_path, plan, recipe_text, provenance()), folder)
@@ -75,6 +77,11 @@ def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
                 f"{folder}: an epoch has {samples} samples, fewer than one batch of training.batch_size {batch_size}; "
                 "prepare more text or lower the batch size"
             )
+
+
+def default_workers() -> int:
+    """One a GPU of this machine, or one."""
+    return max(torch.cuda.device_count(), 1)
 
 
 def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from mslt.config import DataConfig, ModelConfig, NonNegativeInt, OptimizerConfig, PositiveInt
+from mslt.errors import MsltError
 from mslt.files import canonical_json, sha256_text
 from mslt.validation import Frozen
 
@@ -77,6 +78,17 @@ class Stage(Frozen):
     @property
     def frozen(self) -> tuple[str, ...]:
         return tuple(slot for slot in all_slots(self.depth) if slot not in self.trainable)
+
+
+def micro_batch_size(stage: Stage, world_size: int) -> int:
+    """The largest divisor of a worker's share that is not over the plan's micro-batch: accumulation follows."""
+    share, rest = divmod(stage.batch_size, world_size)
+    if rest:
+        raise MsltError(
+            f"training.batch_size {stage.batch_size} is not a multiple of the {world_size} workers; "
+            f"take another number of --workers or another batch size"
+        )
+    return max(size for size in range(1, min(stage.micro_batch_size, share) + 1) if share % size == 0)
 
 
 class Plan(Frozen):

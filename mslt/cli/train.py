@@ -20,15 +20,14 @@ def train(
 ) -> None:
     """Train a recipe, or go on where it stopped: the same command again continues."""
     from mslt.errors import MsltError
-    from mslt.launcher import launch, open_recipe
+    from mslt.launcher import default_workers, launch, open_recipe
     from mslt.rundir import read_summaries
 
-    opened = open_recipe(recipe, run_dir, shards)
+    num_workers = workers or default_workers()
+    opened = open_recipe(recipe, run_dir, shards, num_workers)
     plan, run = opened.plan, opened.run
     while (unfinished := run.first_unfinished(plan)) is not None:
-        if workers is None:
-            workers = _default_workers()
-        status = launch(recipe, run.path, opened.shards, workers)
+        status = launch(recipe, run.path, opened.shards, num_workers)
         reached = run.first_unfinished(plan)
         if reached is not None and (status != 0 or reached == unfinished):
             raise MsltError(
@@ -41,9 +40,3 @@ def train(
         f"NSP {last['nsp_loss']:.4f}; model in {run.stage(len(plan.stages) - 1).model}",
         file=sys.stderr,
     )
-
-
-def _default_workers() -> int:
-    import torch
-
-    return max(torch.cuda.device_count(), 1)

@@ -35,7 +35,7 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
     workers = start_workers()
     if workers.rank > 0:  # rank 0 makes the run directory, the others find it
         workers.barrier()
-    opened = open_recipe(recipe, run_dir, shards)
+    opened = open_recipe(recipe, run_dir, shards, workers.size)
     if workers.rank == 0:
         workers.barrier()
     train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers)

@@ -19,7 +19,7 @@ from mslt.engine.optimizer import make_optimizer
 from mslt.errors import MsltError
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.surgery import State
-from mslt.plan import Stage
+from mslt.plan import Stage, micro_batch_size
 
 _MLM_LOSS, _MLM_COUNT = SUMS.index("mlm_loss"), SUMS.index("mlm_count")
 _NSP_LOSS = SUMS.index("nsp_loss")
@@ -191,17 +191,6 @@ class Engine:
             return reduce_bucket(bucket, *args, **kwargs)
 
         self._engine.allreduce_bucket = counted
-
-
-def micro_batch_size(stage: Stage, world_size: int) -> int:
-    """The largest divisor of a worker's share that is not over the plan's micro-batch: accumulation follows."""
-    share, rest = divmod(stage.batch_size, world_size)
-    if rest:
-        raise MsltError(
-            f"training.batch_size {stage.batch_size} is not a multiple of the {world_size} workers; "
-            f"take another number of --workers or another batch size"
-        )
-    return max(size for size in range(1, min(stage.micro_batch_size, share) + 1) if share % size == 0)
 
 
 def _refuse_unsupported(ds_config: dict[str, Any], device: torch.device) -> None:
