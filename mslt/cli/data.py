@@ -93,7 +93,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    if not sys.stderr.isatty():
+        yield lambda stage, done_bytes, total_bytes: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(stage: str, done_bytes: int, total_bytes: int) -> None:

@@ -52,6 +52,12 @@ def _print(recipe: str, made: Plan, costs: list[StageCost]) -> None:
     console.print(table)
     full = costs[-1].trainable_parameters
     mean = sum(c.trainable_parameters * s.steps for c, s in zip(costs, made.stages, strict=True)) / made.steps
+    trained = max(stage.sequence_length for stage in made.stages)
+    if trained < made.model.max_position_embeddings:
+        print(
+            f"Positions {trained} to {made.model.max_position_embeddings - 1} are never trained: fine-tune on longer "
+            f"sequences only after a phase at that length, or set model.max_position_embeddings to {trained}."
+        )
     print(f"Mean gradient of a step: {mean:,.0f} parameters, {mean / full:.1%} of the whole model's {full:,}.")
 
 
