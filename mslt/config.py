@@ -28,12 +28,12 @@ class ModelConfig(Frozen):
     intermediate_size: PositiveInt
     vocab_size: PositiveInt
     max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
-    hidden_act: str = "gelu"
+    type_vocab_size: Annotated[int, Field(ge=2, strict=True)] = 2
+    hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
 
     @model_validator(mode="after")
     def heads_divide_width(self) -> "ModelConfig":
@@ -48,7 +48,6 @@ class DataConfig(Frozen):
     """Which shards, and how documents become samples (Devlin et al. 2019, section 3.1 and A.2)."""
 
     shards: str
-    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 128
     max_predictions: PositiveInt = 20
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     short_sequence_probability: Probability = 0.1
@@ -81,10 +80,11 @@ class TrainingConfig(Frozen):
     """`batch_size` counts samples of one optimizer step over all workers; `micro_batch_size` is the most that one
     worker computes at once. `clip_norm` 0 switches clipping off."""
 
+    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 128
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
 
 class OptimizerConfig(Frozen):
@@ -136,11 +136,11 @@ def _disagreements(sections: Any) -> Iterator[str]:
         return None if mistakes(kind, known) else kind.model_validate(known)
 
     model, data, optimizer = right("model", ModelConfig), right("data", DataConfig), right("optimizer", OptimizerConfig)
-    growing = right("schedule", MsltSchedule)
+    training, growing = right("training", TrainingConfig), right("schedule", MsltSchedule)
     schedule = growing or right("schedule", FullSchedule)
     if model is not None and growing is not None and model.num_hidden_layers % growing.k:
         depth = model.num_hidden_layers
-        divisors = ", ".join(str(k) for k in range(2, depth + 1) if depth % k == 0)
+        divisors = ", ".join(str(k) for k in range(1, depth + 1) if depth % k == 0)
         yield f"schedule.k: {growing.k} does not divide model.num_hidden_layers {depth}; take one of {divisors}"
     if growing is not None and not 1 <= growing.retrain_steps <= growing.steps - growing.k:
         yield (
@@ -150,13 +150,16 @@ def _disagreements(sections: Any) -> Iterator[str]:
         )
     if schedule is not None and optimizer is not None and optimizer.warmup_steps >= schedule.steps:
         yield f"optimizer.warmup_steps: {optimizer.warmup_steps} is not below schedule.steps {schedule.steps}"
-    if model is not None and data is not None and data.sequence_length > model.max_position_embeddings:
+    if model is not None and training is not None and training.sequence_length > model.max_position_embeddings:
         yield (
-            f"data.sequence_length: {data.sequence_length} is over model.max_position_embeddings "
+            f"training.sequence_length: {training.sequence_length} is over model.max_position_embeddings "
             f"{model.max_position_embeddings}"
         )
-    if data is not None and data.max_predictions >= data.sequence_length:
-        yield (f"data.max_predictions: {data.max_predictions} is not below data.sequence_length {data.sequence_length}")
+    if data is not None and training is not None and data.max_predictions >= training.sequence_length:
+        yield (
+            f"data.max_predictions: {data.max_predictions} is not below training.sequence_length "
+            f"{training.sequence_length}"
+        )
 
 
 def load_recipe(name_or_path: str) -> Recipe:

@@ -55,7 +55,6 @@ class Stage(Frozen):
     sources: tuple[NonNegativeInt | Literal["random"], ...]
     trainable: tuple[str, ...]
     frozen_dropout: bool
-    optimizer_state: Literal["reset"]
     steps: PositiveInt
     learning_rate: LearningRate
     batch_size: PositiveInt
@@ -124,15 +123,18 @@ class Plan(Frozen):
         """Optimizer steps of all stages before `stage_index`."""
         return sum(stage.steps for stage in self.stages[:stage_index])
 
+    def deciding(self) -> dict[str, Any]:
+        """Everything that decides what is learned. Where the shards lie does not, nor how many samples fit at once."""
+        free: Any = {"data": {"shards"}, "stages": {"__all__": {"micro_batch_size"}}}
+        return self.model_dump(mode="json", exclude=free)
+
     def digest(self) -> str:
-        """sha256 over everything that decides what is learned. Where the shards lie does not."""
-        return sha256_text(canonical_json(self.model_dump(mode="json", exclude={"data": {"shards"}})))
+        return sha256_text(canonical_json(self.deciding()))
 
 
 def difference(old: Plan, new: Plan) -> list[str]:
-    """One line for each value that differs, as `path: old → new`."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
-    before.pop("data.shards"), after.pop("data.shards")
+    """One line for each deciding value that differs, as `path: old → new`."""
+    before, after = _leaves(old.deciding()), _leaves(new.deciding())
     return [
         f"{path}: {before.get(path, '(absent)')} → {after.get(path, '(absent)')}"
         for path in dict.fromkeys([*before, *after])

@@ -10,7 +10,10 @@ run/
     summary.json                             its presence is DONE
 """
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,20 @@ def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any
     write_json(path / "provenance.json", provenance)
     write_json(run.plan, plan.model_dump(mode="json"))  # last: it makes the directory a run
     return run
+
+
+@contextmanager
+def lock_run(run: RunDir) -> Iterator[None]:
+    """Hold the run directory for this process; the system lets go when it ends, however it ends. MsltError when
+    another process trains in it."""
+    with open(run.path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MsltError(
+                f"{run.path}: another process is training in this run directory; wait for it, or end it"
+            ) from None
+        yield
 
 
 def read_plan(run: RunDir) -> Plan:

@@ -73,12 +73,11 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
                 sources=growth.sources,
                 trainable=growth.trainable,
                 frozen_dropout=frozen_dropout,
-                optimizer_state="reset",
                 steps=growth.steps,
                 learning_rate=rate,
                 batch_size=training.batch_size,
                 micro_batch_size=training.micro_batch_size,
-                sequence_length=recipe.data.sequence_length,
+                sequence_length=training.sequence_length,
                 first_sample=first_step * training.batch_size,
                 seed=training.seed,
             )

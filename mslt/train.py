@@ -8,17 +8,16 @@ import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mslt import metrics
 from mslt.config import WatchConfig
 from mslt.data import keyed
 from mslt.data.loader import EVALUATION_SEED, Samples, evaluation_batches, training_batches
-from mslt.data.shards import open_shards
+from mslt.data.shards import Shards, open_shards
 from mslt.engine import checkpoint
 from mslt.engine.engine import Engine, Workers
 from mslt.errors import MsltError
@@ -35,8 +34,6 @@ from mslt.rundir import RunDir
 from mslt.schedule import lr_at
 from mslt.watch import Watch
 
-Spent = defaultdict[str, float]  # seconds by kind: `train`, its parts, `evaluation`, `checkpoint`
-
 
 @dataclass(frozen=True)
 class Job:
@@ -45,24 +42,25 @@ class Job:
     plan: Plan
     run: RunDir
     watch: WatchConfig
-    tokenizer: Path
-    training: Samples
-    heldout: Samples
+    training: Shards
+    heldout: Shards
     workers: Workers
 
 
-def train(plan: Plan, run: RunDir, shards_folder: Path, watch: WatchConfig, workers: Workers) -> None:
+@dataclass
+class Progress:
+    """How far a stage is, and what a resumed one must know of its past: seconds by kind (`train` is the step loop,
+    its parts beside it, `evaluation`, `checkpoint`) and the held-out means before its first step and lately."""
+
+    step: int = 0
+    spent_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    evaluation_before: dict[str, float] = field(default_factory=dict)
+    evaluation_after: dict[str, float] = field(default_factory=dict)
+
+
+def train(plan: Plan, run: RunDir, shards: Path, watch: WatchConfig, workers: Workers) -> None:
     """Run every stage that is not DONE. All ranks call this; the run directory is shared between them."""
-    shards = open_shards(shards_folder, "train")
-    job = Job(
-        plan,
-        run,
-        watch,
-        shards.tokenizer_folder,
-        Samples(shards, plan.data, plan.stages[0].seed),
-        Samples(open_shards(shards_folder, "validation"), plan.data, EVALUATION_SEED),
-        workers,
-    )
+    job = Job(plan, run, watch, open_shards(shards, "train"), open_shards(shards, "validation"), workers)
     while (stage_index := workers.broadcast(run.first_unfinished(plan))) is not None:
         run_stage(job, stage_index)
 
@@ -80,12 +78,15 @@ def run_stage(job: Job, stage_index: int) -> None:
     still = () if stage.frozen_dropout else stage.frozen
     module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth), still)
     engine = Engine(module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers)
-    step, spent = _resume(job, stage_index, engine)
-    watcher = Watch(plan, job.run, stage_index, step) if workers.rank == 0 else None
-    spent = _steps(job, stage_index, engine, step, spent, watcher)
-    if watcher is not None:
-        watcher.close()
-        _finish(job, stage_index, engine, spent)
+    progress = _resume(job, stage_index, engine)
+    watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
+    try:
+        _steps(job, stage_index, engine, progress, watcher)
+    finally:
+        if watcher is not None:
+            watcher.close()
+    if workers.rank == 0:
+        _finish(job, stage_index, engine, progress)
     engine.close()
     workers.barrier()
 
@@ -112,8 +113,8 @@ def _ensure_base(job: Job, stage_index: int) -> None:
     save_base(where.base, where.base_description, grown, origin)
 
 
-def _resume(job: Job, stage_index: int, engine: Engine) -> tuple[int, Spent]:
-    """Load the newest valid checkpoint, chosen by rank 0. Returns the step to go on from and what was spent so far."""
+def _resume(job: Job, stage_index: int, engine: Engine) -> Progress:
+    """Load the newest valid checkpoint, chosen by rank 0, into the engine. Returns what was done so far."""
     where = job.run.stage(stage_index)
     chosen = None
     if job.workers.rank == 0:
@@ -125,51 +126,62 @@ def _resume(job: Job, stage_index: int, engine: Engine) -> tuple[int, Spent]:
             print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
     chosen = job.workers.broadcast(chosen)
     if chosen is None:
-        return 0, defaultdict(float)
+        return Progress()
     engine.load(chosen.tensors(), chosen.manifest["engine"])
     engine.reduced_bytes = chosen.manifest["reduced_bytes"]
-    return chosen.step, defaultdict(float, chosen.manifest["spent_s"])
+    past = chosen.manifest["progress"]
+    return Progress(**past | {"spent_s": defaultdict(float, past["spent_s"])})
 
 
-def _steps(job: Job, stage_index: int, engine: Engine, first_step: int, spent: Spent, watcher: Watch | None) -> Spent:
-    """The step loop. Returns the seconds spent by kind; `train` is the loop without evaluating and saving."""
+def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watcher: Watch | None) -> None:
+    """The step loop, from `progress` to the end of the stage."""
     stage, workers, watch = job.plan.stages[stage_index], job.workers, job.watch
     run_steps, run_s = job.plan.first_step(stage_index), _seconds_before(job, stage_index)
-    if first_step == 0:
-        spent["evaluation"] += _evaluate(job, stage_index, engine, run_steps, watcher)
-    batches = training_batches(job.training, stage, workers.rank, workers.size, first_step, watch.loader_workers)
+    samples = Samples(job.training, job.plan.data, stage.sequence_length, stage.seed)
+    heldout = Samples(job.heldout, job.plan.data, stage.sequence_length, EVALUATION_SEED)
+    if progress.step == 0:
+        progress.evaluation_before = _evaluate(job, stage_index, engine, heldout, progress, watcher)
+    batches = training_batches(samples, stage, workers.rank, workers.size, progress.step, watch.loader_workers)
     sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
-    for step in range(first_step, stage.steps):
+    while progress.step < stage.steps:
         with engine.clock.span("data"):
             batch = next(batches)
-        rate = lr_at(stage, step)
-        sums += engine.train_step(batch, step, rate)
-        done, since_log = step + 1, since_log + 1
+        rate = lr_at(stage, progress.step)
+        sums += engine.train_step(batch, progress.step, rate)
+        progress.step, since_log = progress.step + 1, since_log + 1
         if watcher is not None:
-            watcher.advance(done)
+            watcher.advance(progress.step)
 
-        at_end = done == stage.steps
-        must_evaluate = at_end or (watch.evaluate_every > 0 and done % watch.evaluate_every == 0)
-        must_save = done % watch.checkpoint_every == 0 and not at_end
-        if must_evaluate or must_save or done % watch.log_every == 0:
-            means = _means(workers.sum(sums))
-            _refuse_divergence(means, stage_index, done, job.run)
-            seconds = time.perf_counter() - logged
-            for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
-                spent[kind] += kind_s
-            if watcher is not None:
-                watcher.log({
-                    "kind": "train", "stage": stage_index + 1, "step": run_steps + done,
-                    "samples": stage.first_sample + done * stage.batch_size, "learning_rate": rate, **means,
-                    "train_s": run_s + spent["train"], "samples_per_s": since_log * stage.batch_size / seconds,
-                })  # fmt: skip
-            sums.zero_()
-            if must_evaluate:
-                spent["evaluation"] += _evaluate(job, stage_index, engine, run_steps + done, watcher)
-            if must_save:
-                spent["checkpoint"] += _save(job, stage_index, engine, done, spent)
-            since_log, logged = 0, time.perf_counter()
-    return spent
+        at_end = progress.step == stage.steps
+        must_evaluate = at_end or (watch.evaluate_every > 0 and progress.step % watch.evaluate_every == 0)
+        must_save = progress.step % watch.checkpoint_every == 0 and not at_end
+        if not (must_evaluate or must_save or progress.step % watch.log_every == 0):
+            continue
+        means = _means(workers.sum(sums))
+        _refuse_divergence(means, stage_index, progress.step, job.run)
+        seconds = time.perf_counter() - logged
+        for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
+            progress.spent_s[kind] += kind_s
+        if watcher is not None:
+            watcher.log(
+                {
+                    "kind": "train",
+                    "stage": stage_index + 1,
+                    "step": run_steps + progress.step,
+                    "samples": stage.first_sample + progress.step * stage.batch_size,
+                    **means,
+                    "learning_rate": rate,
+                    **engine.scalars(),
+                    "train_s": run_s + progress.spent_s["train"],
+                    "samples_per_s": since_log * stage.batch_size / seconds,
+                }
+            )
+        sums.zero_()
+        if must_evaluate:
+            progress.evaluation_after = _evaluate(job, stage_index, engine, heldout, progress, watcher)
+        if must_save:
+            _save(job, stage_index, engine, progress)
+        since_log, logged = 0, time.perf_counter()
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
@@ -183,30 +195,33 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
     return means
 
 
-def _refuse_divergence(means: dict[str, float], stage_index: int, done: int, run: RunDir) -> None:
+def _refuse_divergence(means: dict[str, float], stage_index: int, step: int, run: RunDir) -> None:
     if not math.isfinite(means["mlm_loss"] + means["nsp_loss"]):
         raise MsltError(
-            f"the loss is no longer finite at step {done} of stage {stage_index + 1}; the last checkpoint in "
-            f"{run.stage(stage_index).checkpoints} is from before. Lower optimizer.learning_rate, or lengthen "
-            "optimizer.warmup_steps, and start a new run directory"
+            f"the loss is no longer finite at step {step} of stage {stage_index + 1} (checkpoints before it: "
+            f"{run.stage(stage_index).checkpoints}). Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, "
+            "and start a new run directory"
         )
 
 
-def _evaluate(job: Job, stage_index: int, engine: Engine, run_step: int, watcher: Watch | None) -> float:
-    """Held-out losses at fixed samples and masks, logged. Returns the seconds it took."""
+def _evaluate(
+    job: Job, stage_index: int, engine: Engine, heldout: Samples, progress: Progress, watcher: Watch | None
+) -> dict[str, float]:
+    """Held-out means at fixed samples and masks, logged."""
     started = time.perf_counter()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=job.workers.device)
-    batch_size = engine.micro_batch_size
-    for batch in evaluation_batches(job.heldout, batch_size, job.workers.rank, job.workers.size):
+    for batch in evaluation_batches(heldout, engine.micro_batch_size, job.workers.rank, job.workers.size):
         sums += engine.evaluate_step(batch)
     means = _means(job.workers.sum(sums))
+    progress.spent_s["evaluation"] += time.perf_counter() - started
     if watcher is not None:
+        run_step = job.plan.first_step(stage_index) + progress.step
         watcher.log({"kind": "evaluation", "stage": stage_index + 1, "step": run_step, **means})
-    return time.perf_counter() - started
+    return means
 
 
-def _save(job: Job, stage_index: int, engine: Engine, done: int, spent: Spent) -> float:
-    """Commit a checkpoint of the state after `done` steps. Returns the seconds it took."""
+def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
+    """Commit a checkpoint of the present state."""
     started = time.perf_counter()
     if job.workers.rank == 0:
         where = job.run.stage(stage_index)
@@ -218,14 +233,14 @@ def _save(job: Job, stage_index: int, engine: Engine, done: int, spent: Spent) -
             "world_size": job.workers.size,
             "engine": numbers,
             "reduced_bytes": engine.reduced_bytes,
-            "spent_s": dict(spent),
+            "progress": asdict(progress),
         }
-        checkpoint.commit(where.checkpoints, done, tensors, about)
+        checkpoint.commit(where.checkpoints, progress.step, tensors, about)
     job.workers.barrier()
-    return time.perf_counter() - started
+    progress.spent_s["checkpoint"] += time.perf_counter() - started
 
 
-def _finish(job: Job, stage_index: int, engine: Engine, spent: Spent) -> None:
+def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
     """Write the model folder, then the summary that says DONE. Rank 0 only."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
     origin = {
@@ -236,9 +251,7 @@ def _finish(job: Job, stage_index: int, engine: Engine, spent: Spent) -> None:
         **provenance(),
     }
     model = factory.build(job.plan.model, stage.depth, engine.export_state())
-    save_model_folder(where.model, model, job.tokenizer, origin)
-    records = (record for record in metrics.read(job.run.metrics) if record["stage"] == stage_index + 1)
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
     summary = {
         "stage": stage_index + 1,
         "depth": stage.depth,
@@ -246,9 +259,9 @@ def _finish(job: Job, stage_index: int, engine: Engine, spent: Spent) -> None:
         "steps": stage.steps,
         "samples": stage.steps * stage.batch_size,
         "world_size": job.workers.size,
-        "evaluation_before": evaluations[0],
-        "evaluation_after": evaluations[-1],
-        "spent_s": {name: round(seconds, 3) for name, seconds in spent.items()},
+        "evaluation_before": progress.evaluation_before,
+        "evaluation_after": progress.evaluation_after,
+        "spent_s": {name: round(seconds, 3) for name, seconds in progress.spent_s.items()},
         "reduced_bytes": engine.reduced_bytes,
     }
     write_json(where.summary, summary)

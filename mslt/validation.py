@@ -13,7 +13,7 @@ from mslt.errors import MsltError
 class Frozen(BaseModel):
     """Plain data: unknown keys are refused, values never change, JSON carries it without loss."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 FrozenType = TypeVar("FrozenType", bound=Frozen)

@@ -49,12 +49,11 @@ def tiny_sections(tiny_model: ModelConfig) -> dict[str, Any]:
         "model": tiny_model.model_dump(),
         "data": {
             "shards": "given on the command line",
-            "sequence_length": 32,
             "max_predictions": 5,
             "evaluation_samples": 32,
         },
         "schedule": {"name": "mslt", "k": 2, "steps": 60, "retrain_share": 1 / 3},
-        "training": {"batch_size": 8, "micro_batch_size": 4},
+        "training": {"sequence_length": 32, "batch_size": 8, "micro_batch_size": 4},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 5},
         "engine": "zero0_fp32",
         "watch": {"log_every": 1, "checkpoint_every": 4},

@@ -28,8 +28,8 @@ def prepare_command(
     text: Annotated[
         list[Path] | None, typer.Option(help="Instead of a recipe: a folder of .txt, .md and .rst.")
     ] = None,
-    python_docs: Annotated[bool, typer.Option("--python-docs", help="Instead of a recipe: Python's own docs.")] = False,
-    vocab_size: Annotated[int | None, typer.Option(help="With --text or --python-docs: vocabulary to train.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="With --text: size of the vocabulary to train.")] = None,
+    validation_share: Annotated[float, typer.Option(help="With --text: share of the documents to hold out.")] = 0.1,
     as_json: AsJson = False,
 ) -> None:
     """Make a shard folder from a recipe: `mslt data prepare RECIPE OUT`, or `mslt data prepare --text DIR OUT`."""
@@ -39,19 +39,17 @@ def prepare_command(
     from mslt.validation import read_yaml, validate
 
     sources: list[dict[str, str]] = [{"kind": "text", "path": str(folder)} for folder in text or []]
-    sources += [{"kind": "python_docs"}] * python_docs
     if sources and len(places) == 1:
-        # A share of 0.05: what comes without a recipe is mostly small.
-        values: dict[str, Any] = {"sources": sources, "validation_share": 0.05}
+        values: dict[str, Any] = {"sources": sources, "validation_share": validation_share}
         values |= {"vocabulary": {"size": vocab_size}} if vocab_size is not None else {}
-        recipe, out = validate(DataRecipe, values, "--vocab-size"), Path(places[0])
+        recipe, out = validate(DataRecipe, values, "mslt data prepare --text"), Path(places[0])
     elif not sources and vocab_size is None and len(places) == 2:
         path, out = find_shipped("recipes", places[0], ".yaml"), Path(places[1])
         recipe = validate(DataRecipe, read_yaml(path), str(path))
     else:
         raise MsltError(
-            "mslt data prepare: give either RECIPE OUT, or OUT with --text DIR or --python-docs "
-            f"(and --vocab-size); given were {' '.join(places)}"
+            "mslt data prepare: give either RECIPE OUT, or OUT with --text DIR (and --vocab-size); "
+            f"given were {' '.join(places)}"
         )
     with progress_bar() as progress:
         manifest, is_new = prepare(recipe, out, progress)

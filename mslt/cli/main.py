@@ -21,10 +21,10 @@ app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """The console script. A user's mistake is one message on stderr and exit status 2."""
+    """The console script. A user's mistake, or a full disk, is one message on stderr and exit status 2."""
     try:
         app()
-    except MsltError as error:
+    except (MsltError, OSError) as error:
         print(f"mslt: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -20,13 +20,16 @@ def train(
 ) -> None:
     """Train a recipe, or go on where it stopped: the same command again continues."""
     from mslt.errors import MsltError
-    from mslt.launcher import default_workers, launch, open_recipe
-    from mslt.rundir import read_summaries
+    from mslt.launcher import launch, num_workers_here
+    from mslt.preflight import open_recipe
+    from mslt.rundir import lock_run, read_summaries
 
-    num_workers = workers or default_workers()
+    num_workers = num_workers_here(workers)
     opened = open_recipe(recipe, run_dir, shards, num_workers)
     plan, run = opened.plan, opened.run
     while (unfinished := run.first_unfinished(plan)) is not None:
+        with lock_run(run):  # taken by the workers in a moment: here it only says so early where it is held
+            pass
         status = launch(recipe, run.path, opened.shards, num_workers)
         reached = run.first_unfinished(plan)
         if reached is not None and (status != 0 or reached == unfinished):

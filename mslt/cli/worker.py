@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 
@@ -24,11 +25,14 @@ def main() -> None:
         print(f"mslt: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.stderr.flush()
         os._exit(2)  # other ranks may wait in a collective that this one will never join
+    except KeyboardInterrupt:
+        os._exit(130)  # whoever pressed Ctrl-C knows; a traceback from every rank says nothing more
 
 
 def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
     from mslt.engine.engine import quiet, start_workers
-    from mslt.launcher import open_recipe
+    from mslt.preflight import open_recipe
+    from mslt.rundir import lock_run
     from mslt.train import train
 
     quiet()
@@ -38,7 +42,8 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
     opened = open_recipe(recipe, run_dir, shards, workers.size)
     if workers.rank == 0:
         workers.barrier()
-    train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers)
+    with lock_run(opened.run) if workers.rank == 0 else nullcontext():
+        train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers)
 
 
 if __name__ == "__main__":

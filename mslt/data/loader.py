@@ -23,9 +23,10 @@ EVALUATION_SEED = 0  # of no run: held-out losses of all runs are taken on the s
 class Samples:
     """Random access to the samples of one split."""
 
-    def __init__(self, shards: Shards, config: DataConfig, seed: int) -> None:
-        self.order = SampleOrder(shards, config.sequence_length, config.short_sequence_probability, seed)
+    def __init__(self, shards: Shards, config: DataConfig, sequence_length: int, seed: int) -> None:
+        self.order = SampleOrder(shards, sequence_length, config.short_sequence_probability, seed)
         self.config = config
+        self.sequence_length = sequence_length
         self.seed = seed
         self.special_ids = shards.special_ids
         self.vocab_size = shards.vocab_size
@@ -34,7 +35,7 @@ class Samples:
         """The samples at these positions of the data, stacked."""
         addresses = [self.order.locate(position) for position in positions]
         epoch_B, index_B = np.array(addresses, np.int64).reshape(-1, 2).T
-        shape_BT = (len(addresses), self.config.sequence_length)
+        shape_BT = (len(addresses), self.sequence_length)
         input_ids_BT = np.full(shape_BT, self.special_ids.pad, np.int64)
         token_type_ids_BT = np.zeros(shape_BT, np.int64)
         maskable_BT = np.zeros(shape_BT, bool)
@@ -93,6 +94,7 @@ def training_batches(
     samples: Samples, stage: Stage, rank: int, world_size: int, first_step: int, num_workers: int
 ) -> Iterator[Batch]:
     """One batch a step, from `first_step` of the stage to its end. World size never alters the order of samples."""
+    samples.order.locate(stage.first_sample + first_step * stage.batch_size)  # built once, before workers fork
     return iter(
         DataLoader(
             _StepBatches(samples, stage, rank, world_size),

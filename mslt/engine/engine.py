@@ -1,5 +1,6 @@
 """The only door to DeepSpeed: workers, and an engine that trains one stage."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,7 +79,6 @@ class Engine:
         workers: Workers,
     ) -> None:
         """`module` is frozen as the stage says; `first_step` is the run's step at which the stage begins."""
-        _refuse_unsupported(ds_config, workers.device)
         self.stage = stage
         self.first_step = first_step
         self.workers = workers
@@ -94,6 +94,7 @@ class Engine:
         self._scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in module.parameters() if p.requires_grad}, "optimizer and plan disagree"
+        self._engine.train()  # not said by deepspeed.initialize; puts the slots that stay still into evaluation mode
 
     def train_step(self, batch: Batch, step: int, rate: float) -> torch.Tensor:
         """One optimizer step of the stage over this rank's share of the batch. Returns this rank's SUMS, [6].
@@ -134,6 +135,10 @@ class Engine:
         self._engine.train()
         return total
 
+    def scalars(self) -> dict[str, float]:
+        """What the engine itself has to show at a log point."""
+        return {} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}
+
     def save(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What resuming needs besides the stage base: tensors on the CPU, and plain numbers."""
         tensors = {}
@@ -170,6 +175,7 @@ class Engine:
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         del self._engine, self._optimizer
+        gc.collect()  # DeepSpeed's engine is full of cycles; the next stage is built right after
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self._engine.module.model.named_parameters() if p.requires_grad}
@@ -191,12 +197,6 @@ class Engine:
             return reduce_bucket(bucket, *args, **kwargs)
 
         self._engine.allreduce_bucket = counted
-
-
-def _refuse_unsupported(ds_config: dict[str, Any], device: torch.device) -> None:
-    wants_bf16 = ds_config.get("torch_autocast", {}).get("dtype") == "bfloat16"
-    if wants_bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise MsltError(f"{torch.cuda.get_device_name(device)}: no bf16; set `engine: zero0_fp16` in the recipe")
 
 
 def quiet() -> None:

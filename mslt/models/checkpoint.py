@@ -1,7 +1,6 @@
 """Model files: the stage base (one safetensors file, fp32) and the model folder (plain Hugging Face)."""
 
 import copy
-import json
 import re
 import shutil
 from pathlib import Path
@@ -39,13 +38,13 @@ def save_base(path: Path, description: Path, state: State, origin: dict[str, Any
     write_json(description, {"sha256": sha256_file(path), **origin})
 
 
-def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, provenance: dict[str, Any]) -> None:
+def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, origin: dict[str, Any]) -> None:
     """A folder that `AutoModelForPreTraining.from_pretrained` and `AutoTokenizer.from_pretrained` load as it is."""
     with whole_folder(path) as temporary:
         model.save_pretrained(temporary)
         for file in tokenizer.iterdir():
             shutil.copy(file, temporary / file.name)
-        (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        write_json(temporary / "provenance.json", origin)
 
 
 def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[int, int]:
@@ -72,6 +71,5 @@ def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[i
             if file.is_file() and not carried.exists() and not WEIGHTS.search(file.name):
                 carried.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, carried)
-        origin = {"parent": str(source), "sources": sources, **provenance()}
-        (temporary / "provenance.json").write_text(json.dumps(origin, indent=2) + "\n")
+        write_json(temporary / "provenance.json", {"parent": str(source), "sources": sources, **provenance()})
     return num_layers(before, family), len(sources)

@@ -47,5 +47,8 @@ def read_model(folder: Path) -> PreTrainedModel:
         raise MsltError(f"{folder}: no model folder (it has no config.json)")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     families.family_of(config)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    name = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise MsltError(f"{folder}: config.json names the architecture {name}, which transformers does not have")
     return model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

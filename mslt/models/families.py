@@ -14,7 +14,8 @@ from mslt.errors import MsltError
 
 @dataclass(frozen=True)
 class Family:
-    """`layer_prefix` is a pattern: whatever stands before a layer's number in the keys of any of its models."""
+    """`layer_key` finds a layer's number in the parameter names of any of its models, `slot_prefixes` the slot of
+    every other parameter of its pretraining model."""
 
     layer_key: re.Pattern[str]
     slot_prefixes: dict[str, str]

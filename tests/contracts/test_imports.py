@@ -16,7 +16,7 @@ FLOORS = [
     {"mslt.data"},
     {"mslt.models", "mslt.heads"},
     {"mslt.engine"},
-    {"mslt.train", "mslt.watch", "mslt.launcher", "mslt.report", "mslt.evaluate"},
+    {"mslt.train", "mslt.watch", "mslt.launcher", "mslt.preflight", "mslt.report", "mslt.evaluate"},
     {"mslt.cli"},
 ]
 # What plain files never import, themselves or through a file of ours.

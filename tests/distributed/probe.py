@@ -43,7 +43,7 @@ def main() -> None:
     module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth))
     first_step = plan.first_step(job["stage_index"])
     engine = Engine(module, stage, first_step, plan.optimizer, plan.clip_norm, plan.engine, workers)
-    samples = Samples(open_shards(job["shards"], "train"), plan.data, stage.seed)
+    samples = Samples(open_shards(job["shards"], "train"), plan.data, stage.sequence_length, stage.seed)
     batches = training_batches(samples, stage, workers.rank, workers.size, 0, 0)
     per_step = []
     for step in range(job["steps"]):

@@ -81,7 +81,7 @@ def test_workers_and_accumulation_give_the_update_of_plain_torch(
     assert stage.micro_batch_size < stage.batch_size, "nothing would accumulate"
     ranks = probe(tmp_path / "probe", plan, 1, shards, workers)
     base = load_file(tmp_path / "probe" / "base.safetensors")
-    samples = Samples(open_shards(shards, "train"), plan.data, stage.seed)
+    samples = Samples(open_shards(shards, "train"), plan.data, stage.sequence_length, stage.seed)
     expected = train_plainly(plan, 1, base, samples, STEPS)
     for name, weight in expected.items():
         found = ranks[0][0][name]

@@ -30,8 +30,8 @@ def build(model: ModelConfig, seed: int, attention: str = "sdpa", spread: float 
 
 def real_batch(shards: Path, seed: int) -> Batch:
     """12 real samples, half of them shorter than 32 tokens: padded tokens and padded predictions."""
-    config = DataConfig(shards="", sequence_length=32, max_predictions=5, short_sequence_probability=0.7)
-    batch = Samples(open_shards(shards, "train"), config, seed).batch(range(800))
+    config = DataConfig(shards="", max_predictions=5, short_sequence_probability=0.7)
+    batch = Samples(open_shards(shards, "train"), config, 32, seed).batch(range(800))
     is_padded = (batch["attention_mask"] == 0).any(1)
     chosen = torch.cat([is_padded.nonzero()[:6, 0], (~is_padded).nonzero()[:6, 0]])
     batch = {name: tensor[chosen] for name, tensor in batch.items()}

@@ -21,8 +21,8 @@ from mslt.plan import Plan, all_slots, layer_slots, lowest_graph_layer
 
 @pytest.fixture
 def batch(shards: Path) -> Batch:
-    config = DataConfig(shards="", sequence_length=32, max_predictions=5, short_sequence_probability=0.5)
-    return Samples(open_shards(shards, "train"), config, seed=0).batch(range(8))
+    config = DataConfig(shards="", max_predictions=5, short_sequence_probability=0.5)
+    return Samples(open_shards(shards, "train"), config, 32, seed=0).batch(range(8))
 
 
 def grown_state(plan: Plan) -> State:
@@ -71,7 +71,7 @@ def test_three_steps_move_exactly_the_trainable_slots(tiny_plan: Plan, shards: P
     freeze(model, stage.trainable)
     module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth)).train()
     optimizer = make_optimizer(module, tiny_plan.optimizer)
-    samples = Samples(open_shards(shards, "train"), tiny_plan.data, seed=0)
+    samples = Samples(open_shards(shards, "train"), tiny_plan.data, 32, seed=0)
     torch.manual_seed(0)
     for step in range(3):
         loss_of(module, samples.batch(range(16 * step, 16 * step + 16))).backward()

@@ -56,7 +56,7 @@ def test_wrong_keys(refuse_train: Any) -> None:
 
 
 def test_k_that_does_not_divide_the_layers(refuse_train: Any) -> None:
-    assert "schedule.k: 3 does not divide model.num_hidden_layers 4; take one of 2, 4" in refuse_train(
+    assert "schedule.k: 3 does not divide model.num_hidden_layers 4; take one of 1, 2, 4" in refuse_train(
         {"schedule": {"k": 3}}
     )
 

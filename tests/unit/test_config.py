@@ -29,7 +29,8 @@ def write(path: Path, sections: dict[str, Any]) -> Path:
 
 def test_mistakes_in_all_sections_are_listed_at_once(tiny_recipe: dict[str, Any]) -> None:
     tiny_recipe["model"] |= {"hidden_size": 33, "num_heads": 2}
-    tiny_recipe["data"] |= {"sequence_length": 4, "mask_probability": 1.5}
+    tiny_recipe["data"] |= {"mask_probability": 1.5}
+    tiny_recipe["training"] |= {"sequence_length": 4}
     del tiny_recipe["data"]["shards"]
     tiny_recipe["training"]["batch_size"] = "8"
     tiny_recipe["optimizer"] |= {"learning_rate": 0, "warmup_steps": -1}
@@ -39,7 +40,7 @@ def test_mistakes_in_all_sections_are_listed_at_once(tiny_recipe: dict[str, Any]
     paths = {line.split(":")[0] for line in lines[1:]}
     assert paths >= {
         "model.num_heads",
-        "data.sequence_length",
+        "training.sequence_length",
         "data.mask_probability",
         "data.shards",
         "training.batch_size",
@@ -57,12 +58,13 @@ def test_mistakes_in_all_sections_are_listed_at_once(tiny_recipe: dict[str, Any]
 def test_sections_that_do_not_agree_are_listed_at_once(tiny_recipe: dict[str, Any]) -> None:
     tiny_recipe["schedule"] |= {"k": 3}
     tiny_recipe["optimizer"] |= {"warmup_steps": 60}
-    tiny_recipe["data"] |= {"sequence_length": 33, "max_predictions": 33}
+    tiny_recipe["data"] |= {"max_predictions": 33}
+    tiny_recipe["training"] |= {"sequence_length": 33}
     assert refused(tiny_recipe)[1:] == [
-        "schedule.k: 3 does not divide model.num_hidden_layers 4; take one of 2, 4",
+        "schedule.k: 3 does not divide model.num_hidden_layers 4; take one of 1, 2, 4",
         "optimizer.warmup_steps: 60 is not below schedule.steps 60",
-        "data.sequence_length: 33 is over model.max_position_embeddings 32",
-        "data.max_predictions: 33 is not below data.sequence_length 33",
+        "training.sequence_length: 33 is over model.max_position_embeddings 32",
+        "data.max_predictions: 33 is not below training.sequence_length 33",
     ]
 
 

@@ -39,7 +39,7 @@ def test_text_shortcut(tmp_path: Path) -> None:
 
 
 def test_recipe_and_shortcut_together_are_refused(tmp_path: Path) -> None:
-    for arguments in (["r.yaml", "out", "--python-docs"], ["out"], ["r.yaml", "out", "--vocab-size", "512"]):
+    for arguments in (["r.yaml", "out", "--text", "x"], ["out"], ["r.yaml", "out", "--vocab-size", "512"]):
         with pytest.raises(MsltError, match="either RECIPE OUT"):
             CliRunner().invoke(app, ["prepare", *arguments], catch_exceptions=False)
     with pytest.raises(MsltError, match="no such file"):

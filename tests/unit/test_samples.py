@@ -143,8 +143,8 @@ def compare_with_devlin(
     return expected
 
 
-def config(length: int, **changes: float) -> DataConfig:
-    return DataConfig(shards="", sequence_length=length, max_predictions=5).model_copy(update=changes)
+def samples_of(shards: Shards, length: int, seed: int, **changes: float) -> Samples:
+    return Samples(shards, DataConfig(shards="", max_predictions=5).model_copy(update=changes), length, seed)
 
 
 def rows(batch: Batch) -> list[tuple[list[int], ...]]:
@@ -320,8 +320,8 @@ def test_a_sample_is_the_same_in_whichever_batch_it_comes(shards: Path, seed: in
     train = open_shards(shards, "train")
     num_samples = len(SampleOrder(train, 32, 0.1, seed).index(0).start)
     positions = [0, 1, 2, 17, num_samples - 1, num_samples, num_samples + 1, 2 * num_samples + 50]
-    alone = [rows(Samples(train, config(32), seed).batch([position]))[0] for position in positions]
-    together = Samples(train, config(32), seed)
+    alone = [rows(samples_of(train, 32, seed).batch([position]))[0] for position in positions]
+    together = samples_of(train, 32, seed)
     assert rows(together.batch(positions)) == alone
     assert rows(together.batch(positions[::-1])) == alone[::-1]
     assert rows(together.batch(positions[3:5])) == alone[3:5]
@@ -331,7 +331,7 @@ def test_a_sample_is_the_same_in_whichever_batch_it_comes(shards: Path, seed: in
 def test_world_size_and_workers_do_not_alter_the_data(
     shards: Path, tiny_plan: Plan, world_size: int, num_workers: int
 ) -> None:
-    samples = Samples(open_shards(shards, "train"), config(32), seed=4)
+    samples = samples_of(open_shards(shards, "train"), 32, seed=4)
     stage = stage_of(tiny_plan, batch_size=12, steps=3, first_sample=500)
     ranks = [training_batches(samples, stage, rank, world_size, 0, num_workers) for rank in range(world_size)]
     steps = list(zip(*ranks, strict=True))
@@ -342,7 +342,7 @@ def test_world_size_and_workers_do_not_alter_the_data(
 
 
 def test_a_stage_entered_late_goes_on_in_the_data(shards: Path, tiny_plan: Plan) -> None:
-    samples = Samples(open_shards(shards, "train"), config(32), seed=4)
+    samples = samples_of(open_shards(shards, "train"), 32, seed=4)
     stage = stage_of(tiny_plan, steps=6)
     from_start = [rows(batch) for batch in training_batches(samples, stage, 0, 1, 0, 0)]
     assert len(from_start) == 6
@@ -355,7 +355,7 @@ def test_a_stage_entered_late_goes_on_in_the_data(shards: Path, tiny_plan: Plan)
 def test_held_out_samples_are_dealt_out_whole(shards: Path, world_size: int) -> None:
     validation = open_shards(shards, "validation")
     for wanted in (10, 10**6):
-        samples = Samples(validation, config(32, evaluation_samples=wanted), seed=0)
+        samples = samples_of(validation, 32, seed=0, evaluation_samples=wanted)
         count = min(wanted, len(samples.order.index(0).start))
         dealt = [
             row
@@ -401,13 +401,13 @@ def test_masks_are_keyed_by_seed_and_sample() -> None:
 def made(request: pytest.FixtureRequest, shards: Path) -> tuple[Samples, Batch]:
     """1500 samples as one batch; max_predictions binds in the first, not in the second."""
     length, max_predictions = request.param
-    samples = Samples(open_shards(shards, "train"), config(length, max_predictions=max_predictions), seed=6)
+    samples = samples_of(open_shards(shards, "train"), length, seed=6, max_predictions=max_predictions)
     return samples, samples.batch(range(1500))
 
 
 def test_layout_is_cls_a_sep_b_sep(made: tuple[Samples, Batch]) -> None:
     samples, batch = made
-    special, length = samples.special_ids, samples.config.sequence_length
+    special, length = samples.special_ids, samples.sequence_length
     for row in range(300):
         pair = samples.order.pair(*samples.order.locate(row))
         expected = [special.cls, *pair.a.tolist(), special.sep, *pair.b.tolist(), special.sep]
@@ -429,7 +429,7 @@ def test_layout_is_cls_a_sep_b_sep(made: tuple[Samples, Batch]) -> None:
 
 def test_shapes_are_static_and_int64(made: tuple[Samples, Batch]) -> None:
     samples, batch = made
-    length, most = samples.config.sequence_length, samples.config.max_predictions
+    length, most = samples.sequence_length, samples.config.max_predictions
     shapes = {
         "input_ids": (1500, length),
         "token_type_ids": (1500, length),
@@ -490,7 +490,7 @@ def test_eighty_ten_ten(made: tuple[Samples, Batch]) -> None:
 
 def test_every_position_is_masked_alike(made: tuple[Samples, Batch]) -> None:
     samples, batch = made
-    length = samples.config.sequence_length
+    length = samples.sequence_length
     full = batch["attention_mask"].sum(1) == length
     positions, labels = batch["mlm_positions"][full], batch["mlm_labels"][full]
     counts = torch.bincount(positions[labels != IGNORED_LABEL], minlength=length).double()

@@ -1,0 +1,84 @@
+"""From a recipe's name to a run directory: everything that can be seen to be wrong is said here, before it is made.
+
+The parent process and every worker open a recipe the same way.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mslt.config import Recipe, load_recipe
+from mslt.data.manifest import SPLITS, Manifest, read_manifest
+from mslt.data.order import SampleOrder
+from mslt.data.shards import open_shards
+from mslt.engine.ds_config import read_engine_config
+from mslt.errors import MsltError
+from mslt.plan import Plan, micro_batch_size
+from mslt.provenance import provenance
+from mslt.rundir import RunDir, open_run
+from mslt.schedule import make_plan
+
+
+@dataclass(frozen=True)
+class Opened:
+    recipe: Recipe
+    plan: Plan
+    run: RunDir
+    shards: Path
+
+
+def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None, num_workers: int) -> Opened:
+    """Read the recipe, check it against its shards, and start or continue its run directory.
+
+    `run_dir` defaults to runs/NAME, `shards` to the recipe's data.shards. MsltError, before anything is written, for
+    every mistake that can be seen without training.
+    """
+    recipe = load_recipe(name_or_path)
+    engine = read_engine_config(recipe.engine)
+    folder = shards or Path(recipe.data.shards)
+    manifest = read_manifest(folder)
+    plan = make_plan(recipe, engine, manifest.hash)
+    _check_device(recipe, engine)
+    _check_shards(recipe, folder, manifest)
+    for stage in plan.stages:
+        micro_batch_size(stage, num_workers)
+    run_path = run_dir or Path("runs") / Path(name_or_path).stem
+    recipe_text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return Opened(recipe, plan, open_run(run_path, plan, recipe_text, provenance()), folder)
+
+
+def _check_device(recipe: Recipe, engine: dict[str, Any]) -> None:
+    wants_bf16 = engine.get("torch_autocast", {}).get("dtype") == "bfloat16"
+    if wants_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise MsltError(
+            f"engine {recipe.engine}: {torch.cuda.get_device_name()} has no bf16; write `engine: zero0_fp16` in a "
+            "recipe that extends this one"
+        )
+
+
+def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
+    vocab_size, batch_size = manifest.tokenizer.vocab_size, recipe.training.batch_size
+    if vocab_size > recipe.model.vocab_size:
+        raise MsltError(
+            f"{folder}: made with a tokenizer of {vocab_size} entries, model.vocab_size is {recipe.model.vocab_size}; "
+            f"set model.vocab_size to at least {vocab_size}, or prepare shards with the model's tokenizer"
+        )
+    order = {
+        split: SampleOrder(
+            open_shards(folder, split),
+            recipe.training.sequence_length,
+            recipe.data.short_sequence_probability,
+            recipe.training.seed,
+        )
+        for split in SPLITS
+    }
+    if order["train"].shards.num_documents < batch_size:  # every document makes at least one sample
+        samples = len(order["train"].index(0).start)
+        if samples < batch_size:
+            raise MsltError(
+                f"{folder}: an epoch has {samples} samples, fewer than one batch of training.batch_size {batch_size}; "
+                "prepare more text or lower the batch size"
+            )
