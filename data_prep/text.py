@@ -1,4 +1,4 @@
-"""Plain text files: one document a file, paragraphs separated by blank lines.
+"""Plain text files: one document a file, several where it is long, paragraphs separated by blank lines.
 
 In all of data_prep a document's text is its paragraphs, one a line: `paragraphs` makes it so.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mslt.errors import MsltError
 
+LONG_CHARACTERS = 10_000  # some four pages of a book
 BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -37,7 +38,23 @@ def find_by_name(root: Path, pattern: re.Pattern[str], meaning: str) -> list[Pat
 
 
 def read_documents(path: Path) -> Iterator[tuple[str, str]]:
-    yield "", paragraphs(read_utf8(path))
+    """The file as one document, or a long one as several, `part 1` and on, cut between paragraphs: held-out text and
+    random sentence pairs need documents to choose from, also where all text is in a few files."""
+    parts = list(cut(paragraphs(read_utf8(path)).split("\n"), LONG_CHARACTERS))
+    for number, part in enumerate(parts, 1):
+        yield f"part {number}" if len(parts) > 1 else "", part
+
+
+def cut(lines: list[str], characters: int) -> Iterator[str]:
+    """Paragraphs in order, put together until they reach `characters`."""
+    held: list[str] = []
+    for line in lines:
+        held.append(line)
+        if sum(map(len, held)) >= characters:
+            yield "\n".join(held)
+            held = []
+    if held:
+        yield "\n".join(held)
 
 
 def read_utf8(path: Path) -> str:

@@ -13,7 +13,7 @@ case "${1:-}" in
   *) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac
 
-. launch/environment.sh
+. launch/environment.sh ""
 
 out=runs/quickstart
 if [ -n "$text" ]; then
@@ -23,7 +23,8 @@ else
   mslt data prepare data-quickstart "$out/shards"
 fi
 
-workers=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# As many as there are GPUs, but a power of two, so that they share the batch of 32; two on a CPU.
+workers=$(python -c 'import torch; n = torch.cuda.device_count() or 2; print(min(1 << n.bit_length() - 1, 16))')
 mslt train quickstart --shards "$out/shards" --run-dir "$out/mslt" --workers "$workers"
 mslt train quickstart-full --shards "$out/shards" --run-dir "$out/full" --workers "$workers"
 

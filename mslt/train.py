@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,12 @@ class Progress:
     its parts beside it, `evaluation`, `checkpoint`) and the held-out means before its first step and lately."""
 
     step: int = 0
-    spent_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    spent_s: dict[str, float] = field(default_factory=dict)
     evaluation_before: dict[str, float] = field(default_factory=dict)
     evaluation_after: dict[str, float] = field(default_factory=dict)
+
+    def spend(self, kind: str, seconds: float) -> None:
+        self.spent_s[kind] = self.spent_s.get(kind, 0.0) + seconds
 
 
 def train(plan: Plan, run: RunDir, shards: Path, watch: WatchConfig, workers: Workers) -> None:
@@ -129,8 +131,7 @@ def _resume(job: Job, stage_index: int, engine: Engine) -> Progress:
         return Progress()
     engine.load(chosen.tensors(), chosen.manifest["engine"])
     engine.reduced_bytes = chosen.manifest["reduced_bytes"]
-    past = chosen.manifest["progress"]
-    return Progress(**past | {"spent_s": defaultdict(float, past["spent_s"])})
+    return Progress(**chosen.manifest["progress"])
 
 
 def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watcher: Watch | None) -> None:
@@ -161,7 +162,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
         _refuse_divergence(means, stage_index, progress.step, job.run)
         seconds = time.perf_counter() - logged
         for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
-            progress.spent_s[kind] += kind_s
+            progress.spend(kind, kind_s)
         if watcher is not None:
             watcher.log(
                 {
@@ -213,7 +214,7 @@ def _evaluate(
     for batch in evaluation_batches(heldout, engine.micro_batch_size, job.workers.rank, job.workers.size):
         sums += engine.evaluate_step(batch)
     means = _means(job.workers.sum(sums))
-    progress.spent_s["evaluation"] += time.perf_counter() - started
+    progress.spend("evaluation", time.perf_counter() - started)
     if watcher is not None:
         run_step = job.plan.first_step(stage_index) + progress.step
         watcher.log({"kind": "evaluation", "stage": stage_index + 1, "step": run_step, **means})
@@ -237,7 +238,7 @@ def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> Non
         }
         checkpoint.commit(where.checkpoints, progress.step, tensors, about)
     job.workers.barrier()
-    progress.spent_s["checkpoint"] += time.perf_counter() - started
+    progress.spend("checkpoint", time.perf_counter() - started)
 
 
 def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 # Lint, types and the test suite, in the quickstart's environment. Arguments go to pytest: `bash tests/run.sh -m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh
+. launch/environment.sh dev
 ruff check .
 ruff format --check .
 mypy

@@ -52,6 +52,15 @@ def test_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
         text.find_files(tmp_path / "nowhere")
 
 
+def test_long_file_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path: Path) -> None:
+    lines = [f"Paragraph {number} of a long book." for number in range(2000)]
+    path = write(tmp_path / "book.txt", "\n\n".join(lines))
+    parts = list(text.read_documents(path))
+    assert [name for name, _ in parts] == [f"part {number}" for number in range(1, len(parts) + 1)]
+    assert len(parts) == 6
+    assert "\n".join(part for _, part in parts).split("\n") == lines
+
+
 PAGES = """<doc id="1" url="?curid=1" title="Empty">
 Empty
 
