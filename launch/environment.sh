@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that a fresh checkout runs: makes .venv with mslt in it, and enters it. An argument names an
 # extra of setup.py, as in `. launch/environment.sh dev`. Does nothing where that is done for this setup.py.
 # Needs python3 (3.11 or newer) and a package index, no compiler.

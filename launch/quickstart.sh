@@ -1,25 +1,31 @@
 #!/usr/bin/env bash
 # From nothing to a grown BERT and its baseline, on this machine. Run again, it goes on where it stopped.
 #
-#   bash launch/quickstart.sh               English text that every Python ships
-#   bash launch/quickstart.sh --text DIR    your own folder of .txt, .md or .rst files
+#   bash launch/quickstart.sh [--text DIR] [--out DIR]
+#
+#   --text DIR  your own folder of .txt, .md or .rst files, instead of the English that every Python ships
+#   --out DIR   where shards, runs and the picture go; default runs/quickstart, or runs/quickstart-NAME for a text
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
-text=
-case "${1:-}" in
-  "") ;;
-  --text) text=${2:?"--text needs a folder"} && text=$(cd "$OLDPWD" && realpath "$text") ;;
-  *) sed -n '2,5s/^# \{0,1\}//p' "$0" && exit 2 ;;
-esac
+usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; }
+text='' out=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --text) text=$(realpath -- "${2:?--text needs a folder}") && shift 2 ;;
+    --out) out=$(realpath -m -- "${2:?--out needs a folder}") && shift 2 ;;
+    --help | -h) usage && exit 0 ;;
+    *) usage >&2 && exit 2 ;;
+  esac
+done
+cd "$(dirname "$0")/.."
 
 . launch/environment.sh ""
 
-out=runs/quickstart
 if [ -n "$text" ]; then
-  out=runs/quickstart-$(basename "$text")-$(printf %s "$text" | cksum | cut -d ' ' -f 1)
+  out=${out:-runs/quickstart-$(basename "$text")-$(printf %s "$text" | cksum | cut -d ' ' -f 1)}
   mslt data prepare --text "$text" --vocab-size 4096 "$out/shards"
 else
+  out=${out:-runs/quickstart}
   mslt data prepare data-quickstart "$out/shards"
 fi
 

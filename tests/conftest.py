@@ -15,6 +15,10 @@ from mslt.schedule import make_plan
 from mslt.validation import validate
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/losses.json anew")
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard folder of Python's own docs: 512 entries in the vocabulary, over 100 documents to train on."""
