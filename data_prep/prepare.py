@@ -103,14 +103,25 @@ def prepare(
             format_version=FORMAT_VERSION,
             recipe_sha256=recipe_sha256,
             sources=tuple(
-                SourceEntry(s.source.kind, s.source.path or "", len(s.files), tally.documents[i], tally.bytes[i])
+                SourceEntry(
+                    kind=s.source.kind,
+                    path=s.source.path or "",
+                    files=len(s.files),
+                    documents=tally.documents[i],
+                    bytes=tally.bytes[i],
+                )
                 for i, s in enumerate(sources)
             ),
-            rules=Rules(recipe.validation_share, recipe.min_document_tokens, tally.empty, tally.short),
+            rules=Rules(
+                validation_share=recipe.validation_share,
+                min_document_tokens=recipe.min_document_tokens,
+                dropped_empty_documents=tally.empty,
+                dropped_short_documents=tally.short,
+            ),
             tokenizer=TokenizerEntry(
-                sha256_file(folder / TOKENIZER_FOLDER / TOKENIZER_FILE),
-                len(tokens),
-                recipe.vocabulary.lowercase,
+                sha256=sha256_file(folder / TOKENIZER_FOLDER / TOKENIZER_FILE),
+                vocab_size=len(tokens),
+                lowercase=recipe.vocabulary.lowercase,
             ),
             splits={split: writers[split].entry for split in SPLITS},
             unigram_entropy_nats=unigram_cross_entropy(*(writers[split].token_counts for split in SPLITS)),

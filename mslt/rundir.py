@@ -12,6 +12,7 @@ run/
 
 import fcntl
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from pydantic import ValidationError
 from mslt.errors import MsltError
 from mslt.files import write_json, write_text
 from mslt.plan import Plan, difference
+
+# What a run killed while it was being made can have left.
+_BEFORE_THE_PLAN = ("recipe.yaml", ".recipe.yaml.tmp", "provenance.json", ".provenance.json.tmp", ".plan.json.tmp")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any
                 "Take another --run-dir, or the recipe it was made with."
             )
         return run
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(entry.name not in _BEFORE_THE_PLAN for entry in path.iterdir())):
         raise MsltError(f"{path}: is neither empty nor a run directory (it has no plan.json); take another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "recipe.yaml", recipe_text)
@@ -113,6 +117,8 @@ def lock_run(run: RunDir) -> Iterator[None]:
             raise MsltError(
                 f"{run.path}: another process is training in this run directory; wait for it, or end it"
             ) from None
+        except OSError as error:
+            print(f"warning: {run.path}: cannot be locked ({error}); start no second run in it", file=sys.stderr)
         yield
 
 

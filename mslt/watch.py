@@ -30,7 +30,7 @@ class Watch:
         metrics.rewind(run.metrics, stage_index + 1, plan.first_step(stage_index) + first_step if first_step else -1)
         self._board = SummaryWriter(
             str(run.tensorboard / f"stage-{stage_index + 1}"),
-            purge_step=plan.first_step(stage_index) + first_step + 1 if first_step else None,
+            purge_step=plan.first_step(stage_index) + first_step + (first_step > 0),
         )
         self._bar: Progress | None = None
         if sys.stderr.isatty():

@@ -1,6 +1,5 @@
 """`mslt data`: text to token shards, and every byte of them checked."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def prepare_command(
     with progress_bar() as progress:
         manifest, is_new = prepare(recipe, out, progress)
     if as_json:
-        values = {"folder": str(out), "made": is_new, "hash": manifest.hash, **dataclasses.asdict(manifest)}
+        values = {"folder": str(out), "made": is_new, "hash": manifest.hash, **manifest.model_dump(mode="json")}
         typer.echo(json.dumps(values, indent=2))
         return
     typer.echo(f"{out}: {'made' if is_new else 'already made from this recipe, nothing to do'}")

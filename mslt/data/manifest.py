@@ -3,16 +3,12 @@
 Nothing in it varies between two runs over the same input, so that equal corpora have equal hashes.
 """
 
-import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
 
 from mslt.errors import MsltError
 from mslt.files import canonical_json, sha256_file, sha256_text, write_json
+from mslt.validation import Frozen, validate
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -21,8 +17,7 @@ TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "validation")
 
 
-@dataclass(frozen=True)
-class SourceEntry:
+class SourceEntry(Frozen):
     """One source of the recipe. `documents` and `bytes` (UTF-8) count its text before short documents are dropped."""
 
     kind: str
@@ -32,8 +27,7 @@ class SourceEntry:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(Frozen):
     """What decided which documents are kept, and how many it cost over all sources."""
 
     validation_share: float
@@ -42,8 +36,7 @@ class Rules:
     dropped_short_documents: int
 
 
-@dataclass(frozen=True)
-class TokenizerEntry:
+class TokenizerEntry(Frozen):
     """`sha256` is of tokenizer.json as stored in the shard folder."""
 
     sha256: str
@@ -51,8 +44,7 @@ class TokenizerEntry:
     lowercase: bool
 
 
-@dataclass(frozen=True)
-class ShardEntry:
+class ShardEntry(Frozen):
     file: str
     documents: int
     sentences: int
@@ -61,16 +53,14 @@ class ShardEntry:
     sha256: str
 
 
-@dataclass(frozen=True)
-class SplitEntry:
+class SplitEntry(Frozen):
     documents: int
     sentences: int
     tokens: int
     shards: tuple[ShardEntry, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Frozen):
     """`unigram_entropy_nats`: cross-entropy, in nats a token, of the validation split under the unigram
     distribution of the train split with add-one smoothing: the loss of a model that knows nothing but how
     often each token occurs. None without a validation split."""
@@ -80,17 +70,17 @@ class Manifest:
     sources: tuple[SourceEntry, ...]
     rules: Rules
     tokenizer: TokenizerEntry
-    splits: Mapping[str, SplitEntry]
+    splits: dict[str, SplitEntry]
     unigram_entropy_nats: float | None
 
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: the identity of the corpus."""
-        return sha256_text(canonical_json(dataclasses.asdict(self)))
+        return sha256_text(canonical_json(self.model_dump(mode="json")))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST_FILE, dataclasses.asdict(manifest))
+    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -123,11 +113,7 @@ def parse_manifest(folder: Path) -> Manifest:
     if isinstance(version, int) and version != FORMAT_VERSION:
         way = "upgrade mslt" if version > FORMAT_VERSION else "prepare the shards anew"
         raise MsltError(f"{path}: format version {version}, this mslt reads {FORMAT_VERSION}; {way}")
-    try:
-        manifest = TypeAdapter(Manifest).validate_python(raw)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise MsltError(f"{path}: {faults}; {remedy}") from error
+    manifest = validate(Manifest, raw, f"{path} ({remedy})")
     for name in SPLITS:
         if name not in manifest.splits:
             raise MsltError(f"{path}: splits.{name} is missing; {remedy}")

@@ -1,6 +1,5 @@
 """From a recipe to a shard folder and back: contents, splits, refusals, and nothing half-written."""
 
-import dataclasses
 import json
 import pickle
 import shutil
@@ -192,7 +191,7 @@ def test_verify_finds_a_token_beyond_the_vocabulary(made: Path) -> None:
     with ShardWriter(made, "train", 1000) as writer:
         writer.add([[5, 999]])
     manifest = json.loads((made / "manifest.json").read_text())
-    manifest["splits"]["train"] |= dataclasses.asdict(writer.entry)
+    manifest["splits"]["train"] |= writer.entry.model_dump(mode="json")
     (made / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(MsltError, match="token id 999, the vocabulary has"):
         verify(made)
@@ -253,7 +252,7 @@ def test_manifest_that_cannot_be_read(made: Path, change: dict[str, Any], said: 
 def test_manifest_hash_changes_with_the_corpus(made: Path) -> None:
     manifest = read_manifest(made)
     assert manifest.hash == read_manifest(made).hash
-    assert dataclasses.replace(manifest, recipe_sha256="0").hash != manifest.hash
+    assert manifest.model_copy(update={"recipe_sha256": "0"}).hash != manifest.hash
 
 
 def test_interrupted_folder_leaves_nothing(tmp_path: Path) -> None:

@@ -92,3 +92,13 @@ def test_a_stage_is_done_by_its_summary_alone(tmp_path: Path, tiny_plan: Plan) -
         write_json(run.stage(index).summary, {"stage": index + 1})
         assert [summary["stage"] for summary in read_summaries(run)] == list(range(1, index + 2))
     assert run.first_unfinished(tiny_plan) is None
+
+
+def test_a_run_killed_while_it_was_being_made_is_made_again(tmp_path: Path, tiny_plan: Plan) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("half")
+    (run / ".plan.json.tmp").write_text("{")
+    opened = open_run(run, tiny_plan, "whole", {})
+    assert (run / "recipe.yaml").read_text() == "whole"
+    assert read_plan(opened) == tiny_plan
