@@ -33,7 +33,9 @@ def compare(
                 f"{row.nsp_loss:.4f}", f"{row.train_s:,.1f} s", f"{row.speedup:.2f}×",
                 f"{row.reduced_bytes / 1e9:,.2f} GB",
             )  # fmt: skip
-        Console().print(table)
+        console = Console()
+        console.width = max(console.width, 120)
+        console.print(table)
     if picture is not None:
         from mslt.report.curves import draw_curves
 
