@@ -58,9 +58,9 @@ def start_workers(timeout_minutes: int = 30) -> Workers:
     # DeepSpeed would compile a shared-memory operator here. It serves inference_all_reduce alone, which training
     # never calls, so nothing is lost without it and no compiler is needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     device = torch.device(accelerator.current_device_name())
     return Workers(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
