@@ -71,12 +71,13 @@ def report(run: RunDir, shards: Path, record: Path) -> bool:
     ]
     train, heldout = manifest.splits["train"], manifest.splits["validation"]
     provenance = json.loads((run.path / "provenance.json").read_text())
+    precision = plan.engine.get("torch_autocast", {}).get("dtype", "fp32")
     columns = ["stage", "steps", "trainable", "MLM before", "MLM after", "growth", "NSP", "train s", "reduced GB"]
     lines = heading("Growing on real text", "python -m benchmarks.real_text DATA OUT", provenance, hardware())
     lines += [
         f"Recipe `benchmarks/recipes/real-text.yaml`: 12 layers × 128, T={plan.stages[0].sequence_length}, batch "
         f"{plan.stages[0].batch_size}, {plan.steps:,} steps, {summaries[-1]['world_size']} workers, seed "
-        f"{plan.stages[0].seed}, fp32. Text: 20 files of English Wikipedia and 20 books, {train.tokens:,} training "
+        f"{plan.stages[0].seed}, {precision}. Text: 20 files of English Wikipedia and 20 books, {train.tokens:,} training "
         f"tokens, {heldout.tokens:,} held out ({plan.data.evaluation_samples:,} samples at most at fixed masks). "
         "Losses are held-out, in nats a masked token. One run. Seconds are not a claim: the machine was shared.",
         "",
