@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="go through it on the CPU, with 48 steps a run; criteria on learning then do not hold",
+        help="go through it on the CPU, with 48 steps of 2 samples a run; criteria on learning then do not hold",
     )
     options = parser.parse_args()
     if options.rehearse:
@@ -71,8 +71,10 @@ def variant(folder: Path, base: str, precision: str) -> Path:
     watch = {"log_every": 1, "evaluate_every": 50, "checkpoint_every": CHECKPOINT_EVERY}
     sections = {"extends": base, "engine": f"zero0_{precision}", "watch": watch}
     if REHEARSED_STEPS_VARIABLE in os.environ:
-        schedule = load_recipe(base).schedule.model_dump()
-        sections["schedule"] = schedule | {"steps": int(os.environ[REHEARSED_STEPS_VARIABLE])}
+        recipe = load_recipe(base)
+        sections["schedule"] = recipe.schedule.model_dump() | {"steps": int(os.environ[REHEARSED_STEPS_VARIABLE])}
+        sections["training"] = recipe.training.model_dump() | {"batch_size": 2}
+        sections["data"] = recipe.data.model_dump() | {"evaluation_samples": 16}
     path.write_text(yaml.safe_dump(sections))
     return path
 

@@ -77,8 +77,9 @@ def report(run: RunDir, shards: Path, record: Path) -> bool:
     lines += [
         f"Recipe `benchmarks/recipes/real-text.yaml`: 12 layers × 128, T={plan.stages[0].sequence_length}, batch "
         f"{plan.stages[0].batch_size}, {plan.steps:,} steps, {summaries[-1]['world_size']} workers, seed "
-        f"{plan.stages[0].seed}, {precision}. Text: 20 files of English Wikipedia and 20 books, {train.tokens:,} training "
-        f"tokens, {heldout.tokens:,} held out ({plan.data.evaluation_samples:,} samples at most at fixed masks). "
+        f"{plan.stages[0].seed}, {precision}. Text: 20 files of English Wikipedia and 20 books, {train.tokens:,} "
+        f"training tokens, {heldout.tokens:,} held out ({plan.data.evaluation_samples:,} samples at most, at fixed "
+        "masks). "
         "Losses are held-out, in nats a masked token. One run. Seconds are not a claim: the machine was shared.",
         "",
         *table(columns, rows),

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mslt.files import sha256_file, whole_folder, write_json
+from mslt.models.checkpoint import write_tensors
 
 KEPT = 2
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
@@ -40,7 +41,7 @@ def commit(folder: Path, step: int, tensors: dict[str, torch.Tensor], about: dic
     path = folder / f"step-{step:08d}"
     with whole_folder(path) as temporary:
         state = temporary / _STATE
-        save_file(tensors, state)
+        write_tensors(state, tensors)
         manifest = {"step": step, "bytes": state.stat().st_size, "sha256": sha256_file(state), **about}
         write_json(temporary / _MANIFEST, manifest)
     others = sorted(folder.glob("step-*"))

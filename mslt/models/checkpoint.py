@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -22,9 +23,17 @@ from mslt.schedule import Sources
 WEIGHTS = re.compile(r"\.(safetensors|bin|h5|msgpack|onnx|ckpt)(\.index\.json)?$")
 
 
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file. OSError where it cannot be written, a full disk above all."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
 def save_state(path: Path, state: State) -> None:
     with whole_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+        write_tensors(temporary, state)
 
 
 def load_state(path: Path) -> State:

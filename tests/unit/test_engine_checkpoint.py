@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mslt.engine import checkpoint
 
@@ -129,7 +130,7 @@ def test_killed_commit_leaves_no_folder_of_its_name(tmp_path: Path, midway: str)
             os.kill(os.getpid(), signal.SIGKILL)
 
         if midway == "before the state":
-            checkpoint.save_file = kill
+            checkpoint.write_tensors = kill
         elif midway == "before the manifest":
             checkpoint.write_json = kill
         else:
@@ -145,3 +146,16 @@ def test_killed_commit_leaves_no_folder_of_its_name(tmp_path: Path, midway: str)
     assert (found.step, passed_over) == (4, [])
     commit(tmp_path, 8, 12)
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["step-00000008", "step-00000012"]
+
+
+def test_a_disk_that_is_full_is_an_oserror_and_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mslt.models.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        commit(tmp_path / "checkpoints", 4, {"weight/a": torch.zeros(2)}, {})
+    assert list((tmp_path / "checkpoints").iterdir()) == []
