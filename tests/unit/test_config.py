@@ -183,3 +183,9 @@ def test_shipped_baselines_train_the_same_model_for_the_same_steps() -> None:
         full, grown = load_recipe(name), load_recipe(name.removesuffix("-full"))
         assert full.model_copy(update={"schedule": grown.schedule}) == grown
         assert full.schedule.steps == grown.schedule.steps
+
+
+@pytest.mark.parametrize("name", ["gpu-parity", "real-text"])
+def test_recipe_of_a_benchmark_is_whole(name: str) -> None:
+    recipe = load_recipe(str(Path(__file__).parents[2] / "benchmarks" / "recipes" / f"{name}.yaml"))
+    assert make_plan(recipe, {}).steps == recipe.schedule.steps
