@@ -231,10 +231,6 @@ class Shards:
         return len(self.sentence_lengths)
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.token_starts[-1])
-
-    @property
     def vocab_size(self) -> int:
         return self.manifest.tokenizer.vocab_size
 
