@@ -55,7 +55,9 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
 
 
-def write_record(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines) + "\n")
+def write_record(path: Path | None, lines: list[str]) -> None:
+    """Print the record, and write it where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "\n".join(lines) + "\n")
     print("\n".join(lines))

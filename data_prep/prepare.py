@@ -1,146 +1,95 @@
-"""Text to token shards: documents, sentences, vocabulary, shards, manifest; the folder appears whole or not at all."""
+"""Text to token shards: documents → clean documents → duplicates → vocabulary → shards → manifest.
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+Sources fall into pieces. Each phase maps pieces to files, over all cores, in OUT.work; a file that is there is whole
+and done, so a run killed at any moment goes on where it stopped. At the end the shard folder takes its name OUT at
+once, and OUT.work goes.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from data_prep.documents import SourceFiles, list_files, read_documents
-from data_prep.recipe import DataRecipe
-from data_prep.sentences import split_sentences
-from data_prep.vocabulary import (
-    build_tokenizer,
-    encode_sentences,
-    read_vocabulary,
-    save_tokenizer,
-    train_vocabulary,
-)
-from mslt.data.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    SPLITS,
-    TOKENIZER_FILE,
-    TOKENIZER_FOLDER,
-    Manifest,
-    Rules,
-    SourceEntry,
-    TokenizerEntry,
-    read_manifest,
-    write_manifest,
-)
-from mslt.data.shards import SHARD_TOKENS, ShardWriter
+from data_prep.assemble import describe, make_manifest
+from data_prep.cleaning import clean_piece, count_documents, read_column, read_dropped, text_bytes
+from data_prep.duplicates import EXACT, KEPT, NEAR, check_index_fits, exact_duplicates, near_duplicates
+from data_prep.parallel import Progress, Task, run_tasks
+from data_prep.recipe import DataRecipe, Vocabulary
+from data_prep.sources import PIECE_BYTES, Piece, list_pieces
+from data_prep.tokenizing import choose_split, tokenize_piece, zip_rules
+from data_prep.vocabulary import read_pretrained, read_vocabulary, save_tokenizer, train_vocabulary
+from mslt.data.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, read_manifest, write_manifest
 from mslt.errors import MsltError
-from mslt.files import canonical_json, sha256_file, sha256_text, whole_folder
-
-# Called with the stage's name, bytes done and bytes in all.
-Progress = Callable[[str, int, int], None]
-# Documents tokenized in one call, so that the cores have enough to share.
-ENCODED_TOGETHER = 256
-
-
-@dataclass(frozen=True)
-class SplitDocument:
-    split: str
-    sentences: list[str]
-
-
-@dataclass
-class Tally:
-    """What reading has counted so far: documents and bytes of each source, and the documents dropped."""
-
-    documents: list[int]
-    bytes: list[int]
-    empty: int = 0
-    short: int = 0
-    kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+from mslt.files import canonical_json, fsync_folder, sha256_text, whole_file, whole_folder
 
 
 def prepare(
-    recipe: DataRecipe, out: Path, progress: Progress | None = None, shard_tokens: int = SHARD_TOKENS
+    recipe: DataRecipe,
+    out: Path,
+    progress: Progress | None = None,
+    num_workers: int = 1,
+    piece_bytes: int = PIECE_BYTES,
 ) -> tuple[Manifest, bool]:
     """Make the shard folder `out`; return its manifest and whether it was made now.
 
     A whole folder made from the same recipe and the same files (by name and size) is left as it is. Anything else
-    already at `out` is an MsltError, and never overwritten. A run that fails leaves nothing behind.
+    already at `out` is an MsltError, and never overwritten. What a run that fails had finished is kept in `out`.work
+    for the next.
     """
     out = out.expanduser().resolve()
     progress = progress or (lambda stage, done, total: None)
-    sources = [list_files(source) for source in recipe.sources]
-    recipe_sha256 = hash_recipe(recipe, sources)
+    pieces = list_pieces(recipe.sources, piece_bytes)
+    tokens = existing_vocabulary(recipe.vocabulary)
+    recipe_sha256 = hash_recipe(recipe, pieces, tokens)
+    work = out.with_name(f"{out.name}.work")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return check_existing(out, recipe_sha256), False
-    tokens = read_vocabulary(Path(recipe.vocabulary.file).expanduser()) if recipe.vocabulary.file else None
-    with whole_folder(out) as folder:
-        tally = Tally([0] * len(sources), [0] * len(sources))
-        documents = read_split_documents(recipe, sources, tally, progress)
-        spool = folder / "spool.jsonl"
-        if tokens is None:
-            write_spool(spool, documents)
-            check_kept(recipe, tally, "documents with text")
-            progress("training the vocabulary", 0, 0)
-            vocabulary = recipe.vocabulary
-            tokens = train_vocabulary(
-                lambda: train_texts(spool), vocabulary.size, vocabulary.lowercase, vocabulary.min_frequency
-            )
-            documents = read_spool(spool, progress)
-        save_tokenizer(folder / TOKENIZER_FOLDER, tokens, recipe.vocabulary.lowercase)
-        writers = write_shards(
-            folder,
-            documents,
-            build_tokenizer(tokens, recipe.vocabulary.lowercase),
-            recipe,
-            tally,
-            shard_tokens,
-        )
-        spool.unlink(missing_ok=True)
-        check_kept(recipe, tally, f"documents of {recipe.min_document_tokens} tokens or more")
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            recipe_sha256=recipe_sha256,
-            sources=tuple(
-                SourceEntry(
-                    kind=s.source.kind,
-                    path=s.source.path or "",
-                    files=len(s.files),
-                    documents=tally.documents[i],
-                    bytes=tally.bytes[i],
-                )
-                for i, s in enumerate(sources)
-            ),
-            rules=Rules(
-                validation_share=recipe.validation_share,
-                min_document_tokens=recipe.min_document_tokens,
-                dropped_empty_documents=tally.empty,
-                dropped_short_documents=tally.short,
-            ),
-            tokenizer=TokenizerEntry(
-                sha256=sha256_file(folder / TOKENIZER_FOLDER / TOKENIZER_FILE),
-                vocab_size=len(tokens),
-                lowercase=recipe.vocabulary.lowercase,
-            ),
-            splits={split: writers[split].entry for split in SPLITS},
-            unigram_entropy_nats=unigram_cross_entropy(*(writers[split].token_counts for split in SPLITS)),
-        )
-        write_manifest(folder, manifest)
+        manifest = check_existing(out, recipe_sha256)
+        shutil.rmtree(work, ignore_errors=True)  # left by a run killed between its last two steps
+        return manifest, False
+    with locked(work):
+        documents = clean_all(work / "documents", pieces, recipe.duplicates.near, num_workers, progress)
+        build = work / recipe_sha256[:16]
+        build.mkdir(exist_ok=True)
+        duplicates = find_duplicates(build / "duplicates.npy", documents, recipe, progress)
+        if not (duplicates == KEPT).any():
+            raise MsltError(f"sources: hold no text ({describe(list(map(read_dropped, documents)))}); add text")
+        shards = build / "shards"
+        make_tokenizer(shards / TOKENIZER_FOLDER, tokens, recipe, documents, duplicates, progress)
+        markers = tokenize_all(shards, build, pieces, documents, duplicates, recipe, num_workers, progress)
+        progress("writing the manifest", 0, 0)
+        manifest = make_manifest(recipe, recipe_sha256, pieces, documents, shards, markers)
+        write_manifest(shards, manifest)
+        if out.exists():
+            out.rmdir()
+        os.rename(shards, out)
+        fsync_folder(out.parent)
+        shutil.rmtree(work)
     return manifest, True
 
 
-def hash_recipe(recipe: DataRecipe, sources: list[SourceFiles]) -> str:
-    """What decides the shards: the recipe, the names and sizes of all files, and the content of a vocabulary file.
-    Where the sources lie does not count."""
-    values = recipe.model_dump(mode="json")
-    for source, listed in zip(values["sources"], sources, strict=True):
-        source["path"] = list(zip(listed.names, listed.sizes_bytes, strict=True))
-    if recipe.vocabulary.file:
-        path = Path(recipe.vocabulary.file).expanduser()
-        read_vocabulary(path)
-        values["vocabulary"]["file"] = sha256_file(path)
-    return sha256_text(canonical_json([FORMAT_VERSION, values]))
+def existing_vocabulary(vocabulary: Vocabulary) -> tuple[list[str], bool] | None:
+    """(tokens, whether it is uncased) of the vocabulary a recipe names; None where one is to be trained."""
+    if vocabulary.file is not None:
+        return read_vocabulary(Path(vocabulary.file).expanduser()), vocabulary.lowercase
+    if vocabulary.pretrained is not None:
+        return read_pretrained(vocabulary.pretrained)
+    return None
+
+
+def hash_recipe(recipe: DataRecipe, pieces: list[Piece], tokens: tuple[list[str], bool] | None) -> str:
+    """What decides the shards: the recipe, the names and sizes of all files, an existing vocabulary's tokens. Where
+    sources and vocabulary lie does not count, nor what memory was allowed."""
+    values = recipe.model_dump(mode="json", exclude={"duplicates": {"max_index_gb"}})
+    for source in values["sources"]:
+        source.pop("path", None)
+    if tokens is not None:
+        values["vocabulary"] = tokens
+    files = [[piece.source_index, [[part.name, *part[2:]] for part in piece.parts]] for piece in pieces]
+    return sha256_text(canonical_json([FORMAT_VERSION, values, files]))
 
 
 def check_existing(out: Path, recipe_sha256: str) -> Manifest:
@@ -155,103 +104,106 @@ def check_existing(out: Path, recipe_sha256: str) -> Manifest:
     return manifest
 
 
-def check_kept(recipe: DataRecipe, tally: Tally, meaning: str) -> None:
-    kept = f"of {sum(tally.documents)} documents {tally.empty} are empty and {tally.short} too short"
-    if not tally.kept["train"]:
-        raise MsltError(f"sources: no {meaning} for the train split ({kept}); add text or lower min_document_tokens")
-    if recipe.validation_share and not tally.kept["validation"]:
-        raise MsltError(
-            f"validation_share: no {meaning} among the {recipe.validation_share} held out ({kept}); raise it, add "
-            "documents, or set it to 0 to hold out nothing"
-        )
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MsltError(f"{work}: another process prepares these shards; wait for it, or end it") from None
+        yield
 
 
-def read_split_documents(
-    recipe: DataRecipe, sources: list[SourceFiles], tally: Tally, progress: Progress
-) -> Iterator[SplitDocument]:
-    """Documents of all sources in order, as sentences, each in its split."""
-    total_bytes = sum(sum(listed.sizes_bytes) for listed in sources)
-    done_bytes = 0
-    for index, listed in enumerate(sources):
-        for path, name, size_bytes in zip(listed.files, listed.names, listed.sizes_bytes, strict=True):
-            progress("reading documents", done_bytes, total_bytes)
-            for _, text in read_documents(listed.source, path, name):
-                tally.documents[index] += 1
-                tally.bytes[index] += len(text.encode())
-                sentences = split_sentences(text)
-                if sentences:
-                    split = choose_split(text, recipe.validation_share)
-                    tally.kept[split] += 1
-                    yield SplitDocument(split, sentences)
-                else:
-                    tally.empty += 1
-            done_bytes += size_bytes
-    progress("reading documents", total_bytes, total_bytes)
+def clean_all(folder: Path, pieces: list[Piece], near: bool, num_workers: int, progress: Progress) -> list[Path]:
+    """One file of clean documents for each piece."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{piece.key}{'-sketched' if near else ''}.parquet" for piece in pieces]
+    tasks = [
+        Task((piece, path, near), piece.size_bytes, path.exists()) for piece, path in zip(pieces, paths, strict=True)
+    ]
+    run_tasks("reading and cleaning", clean_piece, tasks, num_workers, progress)
+    return paths
 
 
-def choose_split(text: str, validation_share: float) -> str:
-    """By the text's own hash: a document keeps its split when sources are added, and a copy of it goes along."""
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return "validation" if draw < validation_share else "train"
+def find_duplicates(path: Path, documents: list[Path], recipe: DataRecipe, progress: Progress) -> np.ndarray:
+    """uint8 [documents]: the index in `RULES` of the rule that takes each document, 0 for none."""
+    if not path.exists():
+        progress("finding duplicates", 0, 0)
+        wanted = recipe.duplicates
+        rules = np.zeros(sum(count_documents(documents)), np.uint8)
+        if wanted.exact or wanted.near:
+            check_index_fits(len(rules), wanted.near, wanted.max_index_gb)
+        if wanted.exact:
+            rules[exact_duplicates(read_column(documents, "hash", "uint64")[:, 0])] = EXACT
+        if wanted.near:
+            left = np.flatnonzero(rules == 0)
+            bands = read_column(documents, "bands", "uint64")[left]
+            signatures = read_column(documents, "signature", "uint8")[left]
+            rules[left[near_duplicates(bands, signatures, wanted.threshold)]] = NEAR
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, rules)
+    return np.load(path)
 
 
-def write_spool(path: Path, documents: Iterable[SplitDocument]) -> None:
-    """Keep the split documents on disk, one JSON line each, so that the second pass need not split again."""
-    with open(path, "w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps([document.split, document.sentences], ensure_ascii=False) + "\n")
+def split_by_file(documents: list[Path], rules: np.ndarray) -> list[np.ndarray]:
+    return np.split(rules, np.cumsum(count_documents(documents))[:-1])
 
 
-def read_spool(path: Path, progress: Progress) -> Iterator[SplitDocument]:
-    total_bytes = path.stat().st_size
-    done_bytes = 0
-    with open(path, "rb") as file:
-        for line in file:
-            yield SplitDocument(*json.loads(line))
-            done_bytes += len(line)
-            progress("writing shards", done_bytes, total_bytes)
-
-
-def train_texts(spool: Path) -> Iterator[str]:
-    """The train split's sentences: the vocabulary sees nothing of what is held out."""
-    for document in read_spool(spool, lambda stage, done, total: None):
-        if document.split == "train":
-            yield "\n".join(document.sentences)
-
-
-def write_shards(
+def make_tokenizer(
     folder: Path,
-    documents: Iterable[SplitDocument],
-    tokenizer: Tokenizer,
+    tokens: tuple[list[str], bool] | None,
     recipe: DataRecipe,
-    tally: Tally,
-    shard_tokens: int,
-) -> dict[str, ShardWriter]:
-    """Tokenize and write every document that is long enough; those too short move from kept to short in `tally`."""
-    vocab_size = tokenizer.get_vocab_size()
-    documents = iter(documents)
-    with (
-        ShardWriter(folder, "train", vocab_size, shard_tokens) as train,
-        ShardWriter(folder, "validation", vocab_size, shard_tokens) as validation,
-    ):
-        writers = {"train": train, "validation": validation}
-        while group := list(islice(documents, ENCODED_TOGETHER)):
-            encoded = encode_sentences(tokenizer, [s for document in group for s in document.sentences])
-            for document in group:
-                sentences = list(filter(None, islice(encoded, len(document.sentences))))
-                if sum(map(len, sentences)) < recipe.min_document_tokens:
-                    tally.short += 1
-                    tally.kept[document.split] -= 1
-                else:
-                    writers[document.split].add(sentences)
-    return writers
+    documents: list[Path],
+    duplicates: np.ndarray,
+    progress: Progress,
+) -> None:
+    if folder.exists():
+        return
+    wanted = recipe.vocabulary
+    if tokens is None:
+        progress("training the vocabulary", 0, 0)
+        rules = split_by_file(documents, duplicates)
+        trained = train_vocabulary(
+            lambda: train_texts(documents, rules, recipe), wanted.size, wanted.lowercase, wanted.min_frequency
+        )
+        tokens = trained, wanted.lowercase
+    with whole_folder(folder) as temporary:
+        save_tokenizer(temporary, *tokens)
 
 
-def unigram_cross_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> float | None:
-    """Cross-entropy in nats of validation tokens under train's unigrams with add-one smoothing; int64 [V] each.
-    None without validation tokens. Rounded, so that the last bits of a platform's log do not show."""
-    num_validation_tokens = int(validation_counts.sum())
-    if not num_validation_tokens:
-        return None
-    log_p = np.log((train_counts + 1) / (train_counts.sum() + len(train_counts)))
-    return round(float(-(validation_counts * log_p).sum() / num_validation_tokens), 9)
+def train_texts(documents: list[Path], rules: list[np.ndarray], recipe: DataRecipe) -> Iterator[str]:
+    """Texts of the train split, at most about `train_gb` of them: the vocabulary sees nothing of what is held out."""
+    share = recipe.vocabulary.train_gb * 1e9 / max(sum(map(text_bytes, documents)), 1)
+    for path, rules_of_file in zip(documents, rules, strict=True):
+        for rows, rules_of_rows in zip_rules(path, rules_of_file):
+            hashes = np.array(rows["hash"], np.uint64)
+            # The split looks at the hash's high bits, the draw at its low ones.
+            drawn = (hashes & np.uint64(2**32 - 1)) < share * 2.0**32
+            wanted = drawn & ~choose_split(hashes, recipe.validation_share) & (rules_of_rows == KEPT)
+            yield from (rows["text"][index] for index in np.flatnonzero(wanted))
+
+
+def tokenize_all(
+    shards: Path,
+    build: Path,
+    pieces: list[Piece],
+    documents: list[Path],
+    duplicates: np.ndarray,
+    recipe: DataRecipe,
+    num_workers: int,
+    progress: Progress,
+) -> list[Path]:
+    """The shards of every piece; returns the files that say what is in them."""
+    markers = [build / f"{piece.index:05d}.json" for piece in pieces]
+    rules = split_by_file(documents, duplicates)
+    tasks = [
+        Task(
+            (path, rules[i], shards, f"{i:05d}", markers[i], recipe.validation_share, recipe.min_document_tokens),
+            path.stat().st_size,
+            markers[i].exists(),
+        )
+        for i, path in enumerate(documents)
+    ]
+    run_tasks("writing shards", tokenize_piece, tasks, num_workers, progress)
+    return markers

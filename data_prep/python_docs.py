@@ -10,7 +10,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.text import one_a_line
+from data_prep.documents import Document, Part, list_files
+from data_prep.recipe import FileSource
+from data_prep.text import LINE_END, make_document, one_a_line
 from mslt.errors import MsltError
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -26,27 +28,31 @@ MAX_CODE_SHARE = 0.08
 MIN_WORDS = 4
 
 
-def find_files(root: Path) -> list[Path]:
-    """Python files of a standard library folder, without tests and installed packages, sorted."""
+def list_parts(source: FileSource) -> list[Part]:
+    """A part for each Python file of a standard library folder, without tests and installed packages."""
+    root = Path(source.path).expanduser() if source.path else Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise MsltError(f"{root}: no such folder; leave `path` out to read this Python's own library")
     files = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
     if not files:
         raise MsltError(f"{root}: no .py file; leave `path` out to read this Python's own library")
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
+    return list_files(root, files[: source.max_files])
 
 
-def stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def read_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """One document for each topic of the language reference, and one for each source file."""
-    if path.as_posix().endswith(TOPICS):
-        for name, text in sorted(read_topics(path).items()):
-            yield name, clean_docstring(text)
+def read_part(source: FileSource, part: Part) -> Iterator[Document]:
+    """One document for each topic of the language reference, and one for the docstrings of each source file."""
+    assert part.path is not None
+    if part.path.as_posix().endswith(TOPICS):
+        for name, text in sorted(read_topics(part.path).items()):
+            yield clean_document(f"{part.name}#{name}", [text])
     else:
-        yield "", "\n".join(filter(None, map(clean_docstring, docstrings(path))))
+        yield clean_document(part.name, list(docstrings(part.path)))
+
+
+def clean_document(key: str, texts: list[str]) -> Document:
+    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return make_document(key, "\n".join(map(clean_docstring, texts)), num_bytes, LINE_END)
 
 
 def read_topics(path: Path) -> dict[str, str]:

@@ -1,19 +1,25 @@
-"""Check every byte of a shard folder against its manifest."""
+"""Check every byte of a shard folder against its manifest, and show what is in it."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from mslt.data.manifest import read_manifest
-from mslt.data.shards import map_checked_shard, token_dtype
+from mslt.data.manifest import TOKENIZER_FILE, read_manifest
+from mslt.data.shards import map_checked_shard, open_shards, token_dtype
 from mslt.errors import MsltError
 from mslt.files import sha256_file
 
+NUM_EXAMPLES = 3
+EXAMPLE_TOKENS = 60
+
 
 def verify(folder: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Checksums, counts, sentence lengths and token ids of all shards; a summary, or MsltError at the first fault."""
+    """Checksums, counts, sentence lengths and token ids of all shards; a summary, or MsltError at the first fault.
+
+    The summary's `examples` are the beginnings of some documents of each split, decoded back to text."""
     manifest = read_manifest(folder)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     remedy = "restore the file, or remove the folder and prepare the shards anew"
@@ -56,7 +62,24 @@ def verify(folder: Path, progress: Callable[[str, int, int], None] | None = None
         "bytes": total_bytes,
         "vocab_size": vocab_size,
         **{
-            name: {"documents": split.documents, "sentences": split.sentences, "tokens": split.tokens}
+            name: {
+                "documents": split.documents,
+                "sentences": split.sentences,
+                "tokens": split.tokens,
+                "examples": examples(folder, name) if split.documents else [],
+            }
             for name, split in manifest.splits.items()
         },
     }
+
+
+def examples(folder: Path, split: str) -> list[str]:
+    """The first tokens, as text, of documents spread evenly over a split."""
+    shards = open_shards(folder, split)
+    tokenizer = Tokenizer.from_file(str(shards.tokenizer_folder / TOKENIZER_FILE))
+    chosen = np.linspace(0, shards.num_documents - 1, min(NUM_EXAMPLES, shards.num_documents)).astype(int)
+    first_sentences = shards.document_starts[chosen]
+    return [
+        tokenizer.decode(shards.tokens(int(i), int(j)).tolist()[:EXAMPLE_TOKENS])
+        for i, j in zip(first_sentences, shards.document_starts[chosen + 1], strict=True)
+    ]

@@ -96,6 +96,31 @@ def read_vocabulary(path: Path) -> list[str]:
     return tokens
 
 
+def read_pretrained(name: str) -> tuple[list[str], bool]:
+    """(tokens in the order of their ids, whether it is uncased) of a BERT tokenizer on the Hugging Face hub or in a
+    folder; MsltError if there is none, or it is no WordPiece tokenizer with BERT's specials."""
+    file = Path(name).expanduser() / TOKENIZER_FILE
+    try:
+        loaded = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises no other type
+        raise MsltError(
+            f"vocabulary.pretrained: no {TOKENIZER_FILE} of {name} in a folder or on the hub ({error}); correct the "
+            "name, or give a vocab.txt as vocabulary.file"
+        ) from error
+    ids, kind = loaded.get_vocab(), type(loaded.model).__name__
+    lowercase = getattr(loaded.normalizer, "lowercase", None)
+    if kind != "WordPiece" or lowercase is None:
+        raise MsltError(
+            f"vocabulary.pretrained: {name} is a {kind} tokenizer, shards need BERT's WordPiece; name a BERT tokenizer "
+            "or train a vocabulary"
+        )
+    tokens = sorted(ids, key=ids.__getitem__)
+    if ids[tokens[-1]] != len(tokens) - 1:
+        raise MsltError(f"vocabulary.pretrained: the ids of {name} have gaps; train a vocabulary")
+    special_ids(loaded, name)
+    return tokens, lowercase
+
+
 def build_tokenizer(tokens: list[str], lowercase: bool) -> Tokenizer:
     """BERT's tokenizer over these tokens, the index of each its id."""
     vocabulary = {token: index for index, token in enumerate(tokens)}

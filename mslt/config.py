@@ -45,12 +45,18 @@ class ModelConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Which shards, and how documents become samples (Devlin et al. 2019, section 3.1 and A.2)."""
+    """Which shards, and how documents become samples (Devlin et al. 2019, section 3.1 and A.2).
+
+    Without `next_sentence_prediction` a sample is one run of sentences instead of a pair (Liu et al. 2019, section
+    4.2), and neither pooler nor NSP head is trained; with `short_sequence_probability` 0, as there, it pads least.
+    """
 
     shards: str
     max_predictions: PositiveInt = 20
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     short_sequence_probability: Probability = 0.1
+    whole_word_masking: bool = False
+    next_sentence_prediction: bool = True
     evaluation_samples: PositiveInt = 4096
 
 

@@ -15,6 +15,7 @@ from mslt.files import canonical_json, sha256_text
 from mslt.validation import Frozen
 
 HEAD_SLOTS = ("pooler", "mlm_head", "nsp_head")
+NEXT_SENTENCE_SLOTS = ("pooler", "nsp_head")  # without next-sentence prediction no gradient reaches them
 
 
 def layer_slots(first_index: int, end_index: int) -> tuple[str, ...]:

@@ -72,11 +72,12 @@ def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:
             recipe.training.sequence_length,
             recipe.data.short_sequence_probability,
             recipe.training.seed,
+            recipe.data.next_sentence_prediction,
         )
         for split in SPLITS
     }
     if order["train"].shards.num_documents < batch_size:  # every document makes at least one sample
-        samples = len(order["train"].index(0).start)
+        samples = order["train"].num_samples(0)
         if samples < batch_size:
             raise MsltError(
                 f"{folder}: an epoch has {samples} samples, fewer than one batch of training.batch_size {batch_size}; "

@@ -9,7 +9,10 @@ from typing import Any
 
 import mslt
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pyarrow")
+_PACKAGES = (
+    "torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pyarrow",
+    "mwparserfromhell", "sentencex", "rensa",
+)  # fmt: skip
 
 
 def provenance() -> dict[str, Any]:

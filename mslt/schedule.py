@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mslt.config import FullSchedule, MsltSchedule, Recipe
-from mslt.plan import HEAD_SLOTS, LearningRate, Plan, Stage, all_slots, layer_slots
+from mslt.plan import HEAD_SLOTS, NEXT_SENTENCE_SLOTS, LearningRate, Plan, Stage, all_slots, layer_slots
 
 Source = int | Literal["random"]
 Sources = tuple[Source, ...]
@@ -59,6 +59,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
         assert isinstance(schedule, FullSchedule)
         growths, per_stage, frozen_dropout = full(depth, schedule.steps), False, True
 
+    unused = () if recipe.data.next_sentence_prediction else NEXT_SENTENCE_SLOTS
     stages, first_step = [], 0
     for growth in growths:
         rate = LearningRate(
@@ -71,7 +72,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
             Stage(
                 depth=len(growth.sources),
                 sources=growth.sources,
-                trainable=growth.trainable,
+                trainable=tuple(slot for slot in growth.trainable if slot not in unused),
                 frozen_dropout=frozen_dropout,
                 steps=growth.steps,
                 learning_rate=rate,

@@ -78,7 +78,8 @@ def run_stage(job: Job, stage_index: int) -> None:
     model = factory.build(plan.model, stage.depth, load_state(where.base))
     freeze(model, stage.trainable)
     still = () if stage.frozen_dropout else stage.frozen
-    module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth), still)
+    boundary = lowest_graph_layer(stage.trainable, stage.depth)
+    module = PretrainingLoss(model, boundary, still, plan.data.next_sentence_prediction)
     engine = Engine(module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers)
     progress = _resume(job, stage_index, engine)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
@@ -186,18 +187,18 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
-    """Means and accuracies of SUMS, as a record's fields."""
+    """Means and accuracies of SUMS, as a record's fields; none of a head that predicted nothing."""
     by_name = dict(zip(SUMS, sums.double().tolist(), strict=True))
     means = {}
     for head in ("mlm", "nsp"):
-        count = by_name[f"{head}_count"]
-        means[f"{head}_loss"] = by_name[f"{head}_loss"] / count
-        means[f"{head}_accuracy"] = by_name[f"{head}_correct"] / count
+        if count := by_name[f"{head}_count"]:
+            means[f"{head}_loss"] = by_name[f"{head}_loss"] / count
+            means[f"{head}_accuracy"] = by_name[f"{head}_correct"] / count
     return means
 
 
 def _refuse_divergence(means: dict[str, float], stage_index: int, step: int, run: RunDir) -> None:
-    if not math.isfinite(means["mlm_loss"] + means["nsp_loss"]):
+    if not all(map(math.isfinite, means.values())):
         raise MsltError(
             f"the loss is no longer finite at step {step} of stage {stage_index + 1} (checkpoints before it: "
             f"{run.stage(stage_index).checkpoints}). Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, "

@@ -43,9 +43,14 @@ def mistakes(kind: type[Frozen], value: Any) -> list[str]:
 
 def _described(error: ValidationError, value: Any) -> Iterator[str]:
     for entry in error.errors():
-        path = _path(entry["loc"], value)
+        path = _path(entry["loc"], value, is_missing=entry["type"] == "missing")
         if entry["type"] == "extra_forbidden":
             yield f"{path}: unknown key; remove it or mend its spelling"
+        elif entry["type"].startswith("union_tag"):
+            context = entry["ctx"]
+            key = context["discriminator"].strip("'")
+            found = f"{context['tag']!r} is none of {context['expected_tags']}" if "tag" in context else "missing"
+            yield f"{path}.{key}: {found}"
         elif entry["type"] == "missing":
             yield f"{path}: missing"
         elif entry["type"] == "value_error":
@@ -54,15 +59,18 @@ def _described(error: ValidationError, value: Any) -> Iterator[str]:
             yield f"{path}: {entry['msg']}, not {entry['input']!r}"
 
 
-def _path(location: tuple[Any, ...], value: Any) -> str:
+def _path(location: tuple[Any, ...], value: Any, is_missing: bool) -> str:
     """The location as the user wrote it: without the tags that pydantic puts in for the members of a union."""
     written = []
-    for part in location[:-1]:
-        if not isinstance(value, dict | list) or (isinstance(value, dict) and part not in value):
+    for index, part in enumerate(location):
+        is_missing_key = is_missing and index == len(location) - 1
+        if not is_missing_key and (
+            not isinstance(value, dict | list) or (isinstance(value, dict) and part not in value)
+        ):
             continue
         written.append(str(part))
-        value = value[part]
-    return ".".join([*written, *(str(part) for part in location[-1:])]) or "the file"
+        value = None if is_missing_key else value[part]
+    return ".".join(written) or "the file"
 
 
 def read_yaml(path: Path) -> Any:

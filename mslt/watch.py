@@ -52,7 +52,9 @@ class Watch:
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
         self._board.flush()
         done_steps = record["step"] - self.plan.first_step(self.stage_index)
-        note = f"MLM {record['mlm_loss']:.4f}  NSP {record['nsp_loss']:.4f}"
+        note = "  ".join(
+            f"{head.upper()} {record[f'{head}_loss']:.4f}" for head in ("mlm", "nsp") if f"{head}_loss" in record
+        )
         if record["kind"] == "train":
             note += f"  {record['samples_per_s']:,.0f} samples/s  left: {self._left(done_steps)}"
         else:

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard folder of Python's own docs: 512 entries in the vocabulary, over 100 documents to train on."""
     sections = {
-        "sources": [{"kind": "python_docs", "limit": 300}],
+        "sources": [{"kind": "python_docs", "max_files": 300}],
         "vocabulary": {"size": 512},
         "validation_share": 0.1,
     }

@@ -30,7 +30,7 @@ def compare(
         for row in rows:
             table.add_row(
                 row.run, f"{row.steps:,}", str(row.workers), f"{row.mlm_loss:.4f}", f"{row.mlm_accuracy:.1%}",
-                f"{row.nsp_loss:.4f}", f"{row.train_s:,.1f} s", f"{row.speedup:.2f}×",
+                "–" if row.nsp_loss is None else f"{row.nsp_loss:.4f}", f"{row.train_s:,.1f} s", f"{row.speedup:.2f}×",
                 f"{row.reduced_bytes / 1e9:,.2f} GB",
             )  # fmt: skip
         console = Console()

@@ -1,18 +1,28 @@
-"""`mslt data`: text to token shards, and every byte of them checked."""
+"""`mslt data`: text to token shards, every byte of them checked, and a look inside."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mslt.errors import MsltError
 
-app = typer.Typer(help="Text to token shards, and every byte of them checked.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from mslt.data.loader import Samples
+    from mslt.data.manifest import Amount
+
+app = typer.Typer(help="Text to token shards, every byte of them checked, and a look inside.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Folder = Annotated[Path, typer.Argument(help="The shard folder.")]
+Split = Annotated[str, typer.Option(help="train or validation.")]
+SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens of a sample.")]
+Seed = Annotated[int, typer.Option(min=0, help="The run's seed.")]
+Pairs = Annotated[bool, typer.Option(help="Sentence pairs, or --no-pairs for masked language modelling alone.")]
 
 
 @app.command("prepare")
@@ -27,40 +37,56 @@ def prepare_command(
     text: Annotated[
         list[Path] | None, typer.Option(help="Instead of a recipe: a folder of .txt, .md and .rst.")
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="With --text: size of the vocabulary to train.")] = None,
-    validation_share: Annotated[float, typer.Option(help="With --text: share of the documents to hold out.")] = 0.1,
+    hub: Annotated[
+        str | None, typer.Option(help="Instead of a recipe: a dataset on the Hugging Face hub, or a folder of one.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="With --hub: the dataset's configuration.")] = None,
+    column: Annotated[str, typer.Option(help="With --hub: the column that holds the text.")] = "text",
+    limit: Annotated[int | None, typer.Option(help="With --hub: read this many documents at most.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="With --text or --hub: size of the vocabulary to train.")
+    ] = None,
+    validation_share: Annotated[
+        float, typer.Option(help="With --text or --hub: share of the documents to hold out.")
+    ] = 0.1,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a shard folder from a recipe: `mslt data prepare RECIPE OUT`, or `mslt data prepare --text DIR OUT`."""
+    """Make a shard folder: `mslt data prepare RECIPE OUT`, or with --text DIR or --hub NAME instead of a recipe.
+
+    Killed at any moment, the same command goes on where it stopped."""
     from data_prep.prepare import prepare
     from data_prep.recipe import DataRecipe
     from mslt.config import find_shipped
     from mslt.validation import read_yaml, validate
 
-    sources: list[dict[str, str]] = [{"kind": "text", "path": str(folder)} for folder in text or []]
+    sources: list[dict[str, Any]] = [{"kind": "text", "path": str(folder)} for folder in text or []]
+    if hub is not None:
+        sources.append({"kind": "hub", "dataset": hub, "config": config, "column": column, "max_documents": limit})
     if sources and len(places) == 1:
         values: dict[str, Any] = {"sources": sources, "validation_share": validation_share}
         values |= {"vocabulary": {"size": vocab_size}} if vocab_size is not None else {}
-        recipe, out = validate(DataRecipe, values, "mslt data prepare --text"), Path(places[0])
-    elif not sources and vocab_size is None and len(places) == 2:
+        recipe, out = validate(DataRecipe, values, "mslt data prepare"), Path(places[0])
+    elif not sources and vocab_size is None and limit is None and len(places) == 2:
         path, out = find_shipped("recipes", places[0], ".yaml"), Path(places[1])
         recipe = validate(DataRecipe, read_yaml(path), str(path))
     else:
         raise MsltError(
-            "mslt data prepare: give either RECIPE OUT, or OUT with --text DIR (and --vocab-size); "
-            f"given were {' '.join(places)}"
+            "mslt data prepare: give either RECIPE OUT, or OUT with --text DIR or --hub NAME (and --vocab-size, "
+            f"--limit); given were {' '.join(places)}"
         )
     with progress_bar() as progress:
-        manifest, is_new = prepare(recipe, out, progress)
+        manifest, is_new = prepare(recipe, out, progress, workers or len(os.sched_getaffinity(0)))
     if as_json:
         values = {"folder": str(out), "made": is_new, "hash": manifest.hash, **manifest.model_dump(mode="json")}
         typer.echo(json.dumps(values, indent=2))
         return
     typer.echo(f"{out}: {'made' if is_new else 'already made from this recipe, nothing to do'}")
     for source in manifest.sources:
-        typer.echo(f"  source      {source.kind} {source.path}: {source.documents:,} documents, {source.bytes:,} bytes")
-    rules = manifest.rules
-    typer.echo(f"  dropped     {rules.dropped_empty_documents:,} empty, {rules.dropped_short_documents:,} too short")
+        typer.echo(f"  {source.kind} {source.path}: {amount(source.read)} in {source.files:,} files")
+        for rule, dropped in source.dropped.items():
+            typer.echo(f"    {rule.replace('_', ' '):<16} {amount(dropped)}")
+        typer.echo(f"    {'kept':<16} {amount(source.kept)}")
     for name, split in manifest.splits.items():
         typer.echo(
             f"  {name:<11} {split.documents:,} documents, {split.sentences:,} sentences, {split.tokens:,} tokens"
@@ -72,7 +98,7 @@ def prepare_command(
 
 
 @app.command("verify")
-def verify_command(folder: Annotated[Path, typer.Argument(help="The shard folder.")], as_json: AsJson = False) -> None:
+def verify_command(folder: Folder, as_json: AsJson = False) -> None:
     """Check every byte of a shard folder against its manifest."""
     from data_prep.verify import verify
 
@@ -82,6 +108,60 @@ def verify_command(folder: Annotated[Path, typer.Argument(help="The shard folder
         typer.echo(json.dumps(summary, indent=2))
         return
     typer.echo(f"{folder}: whole: {summary['shards']} shards, {summary['bytes']:,} bytes, all checksums right")
+    for split in ("train", "validation"):
+        counts = summary[split]
+        typer.echo(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, for example")
+        for example in counts["examples"]:
+            typer.echo(f"  {example} …")
+
+
+@app.command("show")
+def show_command(
+    folder: Folder,
+    sample: Annotated[int, typer.Option(min=0, help="Position in the data: 17 is the 18th sample of a run.")] = 0,
+    split: Split = "train",
+    sequence_length: SequenceLength = 128,
+    seed: Seed = 0,
+    whole_words: Annotated[bool, typer.Option("--whole-words", help="Mask whole words.")] = False,
+    pairs: Pairs = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show one sample as training sees it, with its masks marked."""
+    from mslt.data.inspection import describe_sample, render_sample
+
+    described = describe_sample(open_samples(folder, split, sequence_length, seed, whole_words, pairs), sample)
+    typer.echo(json.dumps(described, indent=2) if as_json else render_sample(described))
+
+
+@app.command("stats")
+def stats_command(
+    folder: Folder,
+    split: Split = "train",
+    sequence_length: SequenceLength = 128,
+    seed: Seed = 0,
+    pairs: Pairs = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a split looks like: counts, lengths, padding, unknown and frequent tokens."""
+    from mslt.data.inspection import describe_corpus, render_corpus
+
+    described = describe_corpus(open_samples(folder, split, sequence_length, seed, False, pairs))
+    typer.echo(json.dumps(described, indent=2) if as_json else render_corpus(described))
+
+
+def open_samples(
+    folder: Path, split: str, sequence_length: int, seed: int, whole_words: bool, pairs: bool
+) -> "Samples":
+    from mslt.config import DataConfig
+    from mslt.data.loader import Samples
+    from mslt.data.shards import open_shards
+
+    config = DataConfig(shards=str(folder), whole_word_masking=whole_words, next_sentence_prediction=pairs)
+    return Samples(open_shards(folder, split), config, sequence_length, seed)
+
+
+def amount(amount: "Amount") -> str:
+    return f"{amount.documents:,} documents, {amount.bytes:,} bytes"
 
 
 @contextmanager

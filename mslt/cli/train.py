@@ -38,8 +38,9 @@ def train(
                 "reason stands above); the same command again goes on from the last checkpoint"
             )
     last = read_summaries(run)[-1]["evaluation_after"]
+    losses = f"MLM loss {last['mlm_loss']:.4f}" + (f", NSP {last['nsp_loss']:.4f}" if "nsp_loss" in last else "")
     print(
-        f"{run.path}: all {len(plan.stages)} stages done, held-out MLM loss {last['mlm_loss']:.4f}, "
-        f"NSP {last['nsp_loss']:.4f}; model in {run.stage(len(plan.stages) - 1).model}",
+        f"{run.path}: all {len(plan.stages)} stages done, held-out {losses}; "
+        f"model in {run.stage(len(plan.stages) - 1).model}",
         file=sys.stderr,
     )

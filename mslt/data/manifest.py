@@ -1,39 +1,52 @@
 """manifest.json of a shard folder: what the shards hold, what they were made from, how to check them.
 
-Nothing in it varies between two runs over the same input, so that equal corpora have equal hashes.
+Nothing in it but its provenance varies between two runs over the same input: equal corpora have equal hashes.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mslt.errors import MsltError
 from mslt.files import canonical_json, sha256_file, sha256_text, write_json
 from mslt.validation import Frozen, validate
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 SPLITS = ("train", "validation")
 
 
+class Amount(Frozen):
+    """Bytes are counted as found in the source, before any cleaning."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(documents=self.documents + other.documents, bytes=self.bytes + other.bytes)
+
+
 class SourceEntry(Frozen):
-    """One source of the recipe. `documents` and `bytes` (UTF-8) count its text before short documents are dropped."""
+    """One source of the recipe: what was read is what is in the shards and what each rule dropped."""
 
     kind: str
     path: str
     files: int
-    documents: int
-    bytes: int
+    read: Amount
+    kept: Amount
+    dropped: dict[str, Amount]
 
 
 class Rules(Frozen):
-    """What decided which documents are kept, and how many it cost over all sources."""
+    """What decided which documents are kept, and in which split."""
 
     validation_share: float
     min_document_tokens: int
-    dropped_empty_documents: int
-    dropped_short_documents: int
+    exact_duplicates: bool
+    near_duplicates: bool
+    near_duplicate_threshold: float
 
 
 class TokenizerEntry(Frozen):
@@ -63,7 +76,7 @@ class SplitEntry(Frozen):
 class Manifest(Frozen):
     """`unigram_entropy_nats`: cross-entropy, in nats a token, of the validation split under the unigram
     distribution of the train split with add-one smoothing: the loss of a model that knows nothing but how
-    often each token occurs. None without a validation split."""
+    often each token occurs. None without a validation split. `provenance`: command and versions that made it."""
 
     format_version: int
     recipe_sha256: str
@@ -72,11 +85,12 @@ class Manifest(Frozen):
     tokenizer: TokenizerEntry
     splits: dict[str, SplitEntry]
     unigram_entropy_nats: float | None
+    provenance: dict[str, Any]
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON: the identity of the corpus."""
-        return sha256_text(canonical_json(self.model_dump(mode="json")))
+        """sha256 of the canonical JSON, provenance apart: the identity of the corpus."""
+        return sha256_text(canonical_json(self.model_dump(mode="json", exclude={"provenance"})))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -6,30 +6,31 @@ One row is a document: `tokens`, all its sentences concatenated, and `sentence_l
 depends on sequence length, sentence pairs or masks, so one shard folder serves every stage and every epoch.
 """
 
-from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from mslt.data.cache import Arrays, cached, discard
 from mslt.data.manifest import (
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
-    SplitEntry,
     read_manifest,
 )
 from mslt.errors import MsltError
-from mslt.files import sha256_file
+from mslt.files import sha256_file, whole_file
 
-SHARD_TOKENS = 64 * 2**20
 # A batch is what the writer holds in memory; a document is never cut, so a longer one makes a longer batch.
 BATCH_TOKENS = 2**20
+SMALL_SENTENCES = 2**20  # below, every index is built in memory, in well under a second
 
 
 class SpecialIds(NamedTuple):
@@ -63,98 +64,56 @@ def shard_schema(vocab_size: int) -> pa.Schema:
 
 
 class ShardWriter:
-    """Writes one split as a stream: `add` each document, leave the context, read `entry`.
+    """Writes one shard as a stream: `add` each document inside `write_shard`. Memory is bounded by one batch."""
 
-    A new shard begins when the last one holds `shard_tokens`. Memory is bounded by one batch.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        vocab_size: int,
-        shard_tokens: int = SHARD_TOKENS,
-        batch_tokens: int = BATCH_TOKENS,
-    ):
-        self.folder = folder
-        self.split = split
-        self.schema = shard_schema(vocab_size)
-        self.dtype = token_dtype(vocab_size)
-        self.shard_tokens = shard_tokens
-        self.batch_tokens = batch_tokens
-        self.token_counts = np.zeros(vocab_size, np.int64)
-        self.shards: list[ShardEntry] = []
-        self.file: pa.ipc.RecordBatchFileWriter | None = None
-        self.path = folder
-        self.written_documents = self.written_sentences = self.written_tokens = 0
+    def __init__(self, file: pa.ipc.RecordBatchFileWriter, vocab_size: int) -> None:
+        self.file = file
+        self.vocab_size = vocab_size
+        self.num_documents = self.num_sentences = self.num_tokens = 0
         self.batch: list[tuple[np.ndarray, np.ndarray]] = []
         self.held_tokens = 0
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close_shard()
-        elif self.file is not None:
-            self.file.close()
 
     def add(self, sentences: list[list[int]]) -> None:
         """Add a document of one or more sentences, none of them empty."""
         lengths = np.array([len(sentence) for sentence in sentences], np.uint32)
         assert len(lengths) > 0, "a document holds sentences"
         assert lengths.all(), "a sentence holds tokens"
-        tokens = np.array([token for sentence in sentences for token in sentence], self.dtype)
-        self.token_counts += np.bincount(tokens, minlength=len(self.token_counts))
+        tokens = np.fromiter(chain.from_iterable(sentences), token_dtype(self.vocab_size), int(lengths.sum()))
         self.batch.append((tokens, lengths))
         self.held_tokens += len(tokens)
-        if self.written_tokens + self.held_tokens >= self.shard_tokens:
-            self.close_shard()
-        elif self.held_tokens >= self.batch_tokens:
-            self.write_batch()
+        if self.held_tokens >= BATCH_TOKENS:
+            self.flush()
 
-    def write_batch(self) -> None:
+    def flush(self) -> None:
         if not self.batch:
             return
-        if self.file is None:
-            self.path = self.folder / f"{self.split}-{len(self.shards):05d}.arrow"
-            self.file = pa.ipc.new_file(str(self.path), self.schema)
         tokens, lengths = zip(*self.batch, strict=True)
         columns = [large_list_array(tokens), large_list_array(lengths)]
-        self.file.write_batch(pa.record_batch(columns, schema=self.schema))
-        self.written_documents += len(tokens)
-        self.written_sentences += sum(map(len, lengths))
-        self.written_tokens += self.held_tokens
+        self.file.write_batch(pa.record_batch(columns, schema=shard_schema(self.vocab_size)))
+        self.num_documents += len(tokens)
+        self.num_sentences += sum(map(len, lengths))
+        self.num_tokens += self.held_tokens
         self.batch, self.held_tokens = [], 0
 
-    def close_shard(self) -> None:
-        self.write_batch()
-        if self.file is None:
-            return
-        self.file.close()
-        self.shards.append(
-            ShardEntry(
-                file=self.path.name,
-                documents=self.written_documents,
-                sentences=self.written_sentences,
-                tokens=self.written_tokens,
-                bytes=self.path.stat().st_size,
-                sha256=sha256_file(self.path),
-            )
-        )
-        self.file = None
-        self.written_documents = self.written_sentences = self.written_tokens = 0
 
-    @property
-    def entry(self) -> SplitEntry:
-        return SplitEntry(
-            documents=sum(shard.documents for shard in self.shards),
-            sentences=sum(shard.sentences for shard in self.shards),
-            tokens=sum(shard.tokens for shard in self.shards),
-            shards=tuple(self.shards),
-        )
+@contextmanager
+def write_shard(path: Path, vocab_size: int) -> Iterator[ShardWriter]:
+    """A writer whose shard takes its name `path` when the context is left, whole, and not at all on failure."""
+    with whole_file(path) as temporary, pa.ipc.new_file(str(temporary), shard_schema(vocab_size)) as file:
+        writer = ShardWriter(file, vocab_size)
+        yield writer
+        writer.flush()
+
+
+def shard_entry(path: Path, writer: ShardWriter) -> ShardEntry:
+    return ShardEntry(
+        file=path.name,
+        documents=writer.num_documents,
+        sentences=writer.num_sentences,
+        tokens=writer.num_tokens,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+    )
 
 
 def large_list_array(rows: tuple[np.ndarray, ...]) -> pa.LargeListArray:
@@ -197,13 +156,14 @@ def map_shard(path: Path) -> ShardArrays:
 class Shards:
     """One split of a shard folder. Sentences and documents are numbered on over all its shards.
 
-    Tokens stay in the mapped files; the index in memory costs 12 bytes a sentence and 8 a document.
+    Tokens stay in the mapped files. The index costs 8 bytes a sentence and 8 a document: in memory for a small split,
+    else in a file of the cache that all processes of a machine map.
     """
 
     manifest: Manifest
-    sentence_lengths: np.ndarray  # uint32 [num_sentences]
     document_starts: np.ndarray  # int64 [num_documents + 1], index of each document's first sentence
     token_starts: np.ndarray  # int64 [num_sentences + 1], position of each sentence's first token
+    token_blocks: list[np.ndarray]  # all tokens, in order: read-only views of uint16 or uint32, whole documents each
 
     def __init__(self, folder: Path, split: str):
         self.folder = folder
@@ -215,12 +175,10 @@ class Shards:
                 f"and enough documents (splits: {', '.join(self.manifest.splits)})"
             )
         entries = self.manifest.splits[split].shards
-        shards = [map_checked_shard(folder, entry) for entry in entries]
-        self.sentence_lengths = np.concatenate([shard.sentence_lengths for shard in shards])
-        self.document_starts = cumulative(np.concatenate([shard.document_sentences for shard in shards]))
-        self.token_starts = cumulative(self.sentence_lengths)
-        self._blocks = [block for shard in shards for block in shard.tokens]
-        self._block_starts: list[int] = cumulative(np.array([len(b) for b in self._blocks])).tolist()[:-1]
+        self.token_blocks = [block for entry in entries for block in map_checked_shard(folder, entry).tokens]
+        self._block_starts = cumulative(np.array([len(block) for block in self.token_blocks]))[:-1]
+        starts = self.shared("sentences", {}, lambda: sentence_index(folder, entries))
+        self.document_starts, self.token_starts = starts["documents"], starts["tokens"]
 
     @property
     def num_documents(self) -> int:
@@ -228,7 +186,12 @@ class Shards:
 
     @property
     def num_sentences(self) -> int:
-        return len(self.sentence_lengths)
+        return self.manifest.splits[self.split].sentences
+
+    @property
+    def sentence_lengths(self) -> np.ndarray:
+        """uint32 [num_sentences], in tokens; worked out at every call."""
+        return np.diff(self.token_starts).astype(np.uint32)
 
     @property
     def vocab_size(self) -> int:
@@ -243,12 +206,34 @@ class Shards:
         path = self.tokenizer_folder / TOKENIZER_FILE
         return special_ids(Tokenizer.from_file(str(path)), str(path))
 
+    @cached_property
+    def is_continuation_V(self) -> np.ndarray:
+        """bool [vocab_size]: which entries go on a word (`##…`)."""
+        tokenizer = Tokenizer.from_file(str(self.tokenizer_folder / TOKENIZER_FILE))
+        return np.array([(tokenizer.id_to_token(i) or "").startswith("##") for i in range(self.vocab_size)])
+
     def tokens(self, first_sentence: int, last_sentence: int) -> np.ndarray:
         """Token ids of sentences first..last-1, all of one document: a read-only view of uint16 or uint32."""
-        start, end = int(self.token_starts[first_sentence]), int(self.token_starts[last_sentence])
-        block = bisect_right(self._block_starts, start) - 1
-        offset = self._block_starts[block]
-        return self._blocks[block][start - offset : end - offset]
+        start, end = self.token_starts[[first_sentence, last_sentence]]
+        return self.token_runs(np.array([start]), np.array([end - start]))[0]
+
+    def token_runs(self, first_token: np.ndarray, num_tokens: np.ndarray) -> list[np.ndarray]:
+        """Runs of token ids, each inside one document: read-only views of uint16 or uint32."""
+        block = np.searchsorted(self._block_starts, first_token, side="right") - 1
+        start = first_token - self._block_starts[block]
+        runs = zip(block.tolist(), start.tolist(), (start + num_tokens).tolist(), strict=True)
+        return [self.token_blocks[block][start:end] for block, start, end in runs]
+
+    def shared(self, name: str, key: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
+        """What `make` returns, kept in the cache under this corpus and split. A small split makes it in every process
+        that asks: that is quicker than it is worth a file."""
+        if self.num_sentences < SMALL_SENTENCES:
+            return make()
+        return cached(self.manifest.hash, f"{self.split}-{name}", key, make)
+
+    def unshare(self, name: str, key: dict[str, Any]) -> None:
+        """Drop it from the cache."""
+        discard(self.manifest.hash, f"{self.split}-{name}", key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped file does not pickle: a spawned worker opens the folder again.
@@ -258,6 +243,15 @@ class Shards:
 def open_shards(folder: Path | str, split: str) -> Shards:
     """Open one split ("train" or "validation") of a shard folder; MsltError if anything does not fit its manifest."""
     return Shards(Path(folder), split)
+
+
+def sentence_index(folder: Path, entries: tuple[ShardEntry, ...]) -> Arrays:
+    """Where each document and each sentence of the shards begins, and the last ends."""
+    shards = [map_checked_shard(folder, entry) for entry in entries]
+    return {
+        "documents": cumulative(np.concatenate([shard.document_sentences for shard in shards])),
+        "tokens": cumulative(np.concatenate([shard.sentence_lengths for shard in shards])),
+    }
 
 
 def map_checked_shard(folder: Path, entry: ShardEntry) -> ShardArrays:

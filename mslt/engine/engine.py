@@ -100,13 +100,15 @@ class Engine:
         """One optimizer step of the stage over this rank's share of the batch. Returns this rank's SUMS, [6].
 
         The gradient is that of (sum of MLM losses) / (masked positions of the global batch) + (sum of NSP losses) /
-        (samples of the global batch): neither world size nor accumulation changes it.
+        (samples of the global batch): neither world size nor accumulation changes it. Without next-sentence prediction
+        the second part is 0.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         batch = self._to_device(batch)
         with self.clock.span("reduce"):
-            mlm_count = self.workers.sum((batch["mlm_labels"] >= 0).sum())
+            # One at least: whole words that are all over the budget leave nothing to predict.
+            mlm_count = self.workers.sum((batch["mlm_labels"] >= 0).sum()).clamp(min=1)
         # DeepSpeed averages gradients over the workers; times their number makes that a sum.
         mlm_weight, nsp_weight = self.workers.size / mlm_count, self.workers.size / self.stage.batch_size
         total = torch.zeros(len(SUMS), device=self.workers.device)

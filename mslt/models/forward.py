@@ -1,4 +1,4 @@
-"""The pretraining loss: MLM on the masked positions alone, plus NSP.
+"""The pretraining loss: MLM on the masked positions alone, plus NSP where samples are pairs.
 
 B batch, T tokens, D width, M masked positions (padded), V vocabulary.
 """
@@ -19,14 +19,22 @@ SUMS = ("mlm_loss", "mlm_correct", "mlm_count", "nsp_loss", "nsp_correct", "nsp_
 class PretrainingLoss(nn.Module):
     """Hugging Face's pretraining model with a forward that gathers before the MLM head and sums instead of averaging.
 
-    `lowest_graph_layer` is the plan's boundary. `still` names the slots whose dropout stays off in training.
+    `lowest_graph_layer` is the plan's boundary. `still` names the slots whose dropout stays off in training. Without
+    `next_sentence_prediction` pooler and NSP head are not computed, and the NSP sums are 0.
     """
 
-    def __init__(self, model: PreTrainedModel, lowest_graph_layer: int = -1, still: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lowest_graph_layer: int = -1,
+        still: tuple[str, ...] = (),
+        next_sentence_prediction: bool = True,
+    ) -> None:
         super().__init__()
         self.model = model
         self.lowest_graph_layer = lowest_graph_layer
         self.still = still
+        self.next_sentence_prediction = next_sentence_prediction
 
     def train(self, mode: bool = True) -> "PretrainingLoss":
         super().train(mode)
@@ -45,15 +53,17 @@ class PretrainingLoss(nn.Module):
         """[6] fp32, named by SUMS. ids, types and mask [B, T]; positions and labels [B, M]; NSP labels [B]."""
         h_BTD = last_hidden(self.model, input_ids, token_type_ids, attention_mask, self.lowest_graph_layer)
         h_BMD = h_BTD.gather(1, mlm_positions[:, :, None].expand(-1, -1, h_BTD.shape[-1]))
-        mlm_logits_BMV = families.mlm_logits(self.model, h_BMD).float()
-        nsp_logits_B2 = families.nsp_logits(self.model, h_BTD).float()
-        mlm_loss = cross_entropy(mlm_logits_BMV.flatten(0, 1), mlm_labels.flatten(), reduction="sum")
-        nsp_loss = cross_entropy(nsp_logits_B2, nsp_labels, reduction="sum")
-        counts = (
-            (mlm_logits_BMV.argmax(-1) == mlm_labels).sum(),
-            (mlm_labels >= 0).sum(),
-            (nsp_logits_B2.argmax(-1) == nsp_labels).sum(),
-            torch.full((), len(nsp_labels), device=nsp_loss.device),
-        )
-        mlm_correct, mlm_count, nsp_correct, nsp_count = (count.float() for count in counts)
-        return torch.stack([mlm_loss, mlm_correct, mlm_count, nsp_loss, nsp_correct, nsp_count])
+        sums = head_sums(families.mlm_logits(self.model, h_BMD).flatten(0, 1), mlm_labels.flatten())
+        if self.next_sentence_prediction:
+            nsp_sums = head_sums(families.nsp_logits(self.model, h_BTD), nsp_labels)
+        else:
+            nsp_sums = torch.zeros_like(sums)
+        return torch.cat([sums, nsp_sums])
+
+
+def head_sums(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """[3] fp32: the loss summed up, right predictions, labels that count. C classes; ignored labels are negative."""
+    logits_NC = logits_NC.float()
+    loss = cross_entropy(logits_NC, labels_N, reduction="sum")
+    counts = (logits_NC.argmax(-1) == labels_N).sum(), (labels_N >= 0).sum()
+    return torch.stack([loss, *(count.float() for count in counts)])

@@ -9,15 +9,16 @@ from mslt.rundir import RunDir, read_plan, read_summaries
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run at its end. `train_s` leaves evaluating and saving out; `reduced_bytes` is what one worker handed to
-    the gradient all-reduce; `speedup` is the first run's seconds a step over this run's."""
+    """One run at its end. `nsp_loss` is None where no next sentences were predicted; `train_s` leaves evaluating and
+    saving out; `reduced_bytes` is what one worker handed to the gradient all-reduce; `speedup` is the first run's
+    seconds a step over this run's."""
 
     run: str
     steps: int
     workers: int
     mlm_loss: float
     mlm_accuracy: float
-    nsp_loss: float
+    nsp_loss: float | None
     train_s: float
     speedup: float
     reduced_bytes: int
@@ -42,7 +43,7 @@ def outcomes(runs: list[Path]) -> list[Outcome]:
                 workers=summaries[-1]["world_size"],
                 mlm_loss=end["mlm_loss"],
                 mlm_accuracy=end["mlm_accuracy"],
-                nsp_loss=end["nsp_loss"],
+                nsp_loss=end.get("nsp_loss"),
                 train_s=train_s,
                 speedup=(baseline.train_s / baseline.steps) / (train_s / steps) if baseline else 1.0,
                 reduced_bytes=sum(summary["reduced_bytes"] for summary in summaries),

@@ -33,7 +33,7 @@ HF_ATTRIBUTES = re.compile(
 HF_KEYS = re.compile(
     r"\b(bert|encoder\.layer|cls\.predictions|cls\.seq_relationship)\.|word_embeddings|seq_relationship"
 )
-DATA_PREP_MAY_IMPORT = ("mslt.data", "mslt.errors", "mslt.files", "mslt.validation")
+DATA_PREP_MAY_IMPORT = ("mslt.data", "mslt.errors", "mslt.files", "mslt.provenance", "mslt.validation")
 
 
 def module_name(path: Path) -> str:

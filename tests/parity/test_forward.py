@@ -15,6 +15,7 @@ from mslt.data.shards import open_shards
 from mslt.models import families
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.layer_stack import iter_hidden, last_hidden
+from mslt.plan import NEXT_SENTENCE_SLOTS
 
 
 def build(model: ModelConfig, seed: int, attention: str = "sdpa", spread: float = 0.2) -> BertForPreTraining:
@@ -76,6 +77,17 @@ def test_loss_is_hugging_faces(shards: Path, tiny_model: ModelConfig, seed: int,
     assert by_name["mlm_correct"] == int((mlm_logits.argmax(-1) == labels).sum())
     assert by_name["nsp_count"] == 12
     assert by_name["nsp_correct"] == int((nsp_logits.argmax(-1) == batch["nsp_labels"]).sum())
+
+
+def test_without_next_sentences_the_loss_is_that_of_mlm_alone(shards: Path, tiny_model: ModelConfig) -> None:
+    model, batch = build(tiny_model, 0).eval(), real_batch(shards, 0)
+    module = PretrainingLoss(model, next_sentence_prediction=False).eval()
+    both, alone = PretrainingLoss(model).eval()(**batch), module(**{**batch, "nsp_labels": torch.full((12,), -100)})
+    assert torch.equal(alone, torch.cat([both[:3], torch.zeros(3)]))
+    alone[SUMS.index("mlm_loss")].backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    slots = {families.slot_of(families.FAMILIES["bert"], name) for name in without}
+    assert slots == set(NEXT_SENTENCE_SLOTS)
 
 
 def test_gradients_are_hugging_faces(shards: Path, tiny_model: ModelConfig) -> None:

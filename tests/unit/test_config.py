@@ -87,7 +87,7 @@ def test_a_misspelt_key_does_not_hide_sections_that_do_not_agree(tiny_recipe: di
         ("training", {"seed": -1}, "training.seed: "),
         ("optimizer", {"name": "adam"}, "optimizer.name: "),
         ("optimizer", {"learning_rate": float("nan")}, "optimizer.learning_rate: "),
-        ("schedule", {"name": "stack"}, "schedule: "),
+        ("schedule", {"name": "stack"}, "schedule.name: 'stack' is none of"),
         ("schedule", {"steps": 0}, "schedule.steps: "),
         ("schedule", {"retrain_share": 0}, "schedule.retrain_share: "),
         ("schedule", {"steps": 2}, "schedule.steps: 2 steps with retrain_share 0.3333333333333333 are 1 to retrain"),

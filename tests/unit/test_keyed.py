@@ -56,6 +56,15 @@ def test_arrays_draw_what_single_counters_draw() -> None:
     assert together.tolist() == [[int(keyed.bits(5, "purpose", 1, r, c)) for c in range(4)] for r in range(3)]
 
 
+def test_a_key_can_be_extended() -> None:
+    rows, columns = np.arange(3)[:, None], np.arange(4)
+    prefix = keyed.bits(5, "purpose", 1, rows)
+    before = prefix.copy()
+    assert (keyed.extended(prefix, columns) == keyed.bits(5, "purpose", 1, rows, columns)).all()
+    assert (keyed.extended(keyed.bits(5, "purpose"), 1, 2) == keyed.bits(5, "purpose", 1, 2)).all()
+    assert (prefix == before).all()
+
+
 def test_every_part_of_the_key_counts() -> None:
     keys = [(1, "a", 2, 3), (2, "a", 2, 3), (1, "b", 2, 3), (1, "a", 3, 2), (1, "a", 2), (1, "a", 2, 3, 0), (1, "a")]
     assert len({int(keyed.bits(*key)) for key in keys}) == len(keys)

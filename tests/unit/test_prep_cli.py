@@ -19,7 +19,7 @@ def test_quickstart_recipe_makes_shards_of_python_docs(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["prepare", str(QUICKSTART), str(out), "--json"], catch_exceptions=False)
     values = json.loads(result.stdout)
     assert values["made"]
-    assert values["sources"][0]["bytes"] > 1_500_000
+    assert values["sources"][0]["kept"]["bytes"] > 1_500_000
     assert values["tokenizer"]["vocab_size"] == 4096
     assert values["splits"]["validation"]["documents"] > 5
     assert 4 < values["unigram_entropy_nats"] < 8.32

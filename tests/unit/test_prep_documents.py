@@ -1,14 +1,17 @@
 """Sources to documents: what each reader keeps, and what it refuses."""
 
-import os
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_prep import books, python_docs, text, wikipedia
-from data_prep.documents import list_files, read_documents
-from data_prep.recipe import Source
-from data_prep.sentences import split_quotation, split_sentences
+from data_prep import python_docs, text
+from data_prep.documents import MAX_DOCUMENT_BYTES, PART_BYTES, Document
+from data_prep.recipe import FileSource
+from data_prep.sentences import split_paragraph, split_sentences
 from mslt.errors import MsltError
 
 
@@ -18,107 +21,106 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def read(reader: Any, source: FileSource) -> list[Document]:
+    return [document for part in reader.list_parts(source) for document in reader.read_part(source, part)]
+
+
+def read_text(path: Path) -> list[Document]:
+    return read(text, FileSource(kind="text", path=str(path)))
+
+
 def test_text_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
     write(tmp_path / "b.txt", "\ufeffOne\r\ntwo.\r\n\r\n\r\nThree.")
     write(tmp_path / "a/c.md", "Deep.")
+    write(tmp_path / "a/d.rst", "Old\rMac.\r\rEnds.")
     write(tmp_path / "a/picture.png", b"\x89PNG\0")
     write(tmp_path / ".git/notes.txt", "hidden")
-    listed = list_files(Source(kind="text", path=str(tmp_path)))
-    assert listed.names == ["a/c.md", "b.txt"]
-    documents = [
-        read
-        for file, name in zip(listed.files, listed.names, strict=True)
-        for read in read_documents(listed.source, file, name)
+    assert read_text(tmp_path) == [
+        Document("a/c.md", "Deep.", 5),
+        Document("a/d.rst", "Old Mac.\nEnds.", 15),
+        Document("b.txt", "One two.\nThree.", 24),
     ]
-    assert documents == [("a/c.md", "Deep."), ("b.txt", "One two.\nThree.")]
-    assert list_files(Source(kind="text", path=str(tmp_path), limit=1)).names == ["a/c.md"]
-    assert list_files(Source(kind="text", path=str(tmp_path / "b.txt"))).names == ["b.txt"]
+    first = FileSource(kind="text", path=str(tmp_path), max_files=1)
+    assert [document.key for document in read(text, first)] == ["a/c.md"]
+    assert [document.key for document in read_text(tmp_path / "b.txt")] == ["b.txt"]
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"text\0more", "NUL"), (b"caf\xe9 \xff", "not UTF-8")])
-def test_binary_file_is_named(tmp_path: Path, content: bytes, said: str) -> None:
-    path = write(tmp_path / "broken.txt", content)
-    with pytest.raises(MsltError, match=f"broken.txt: .*{said}"):
-        list(text.read_documents(path))
+@pytest.mark.parametrize("content", [b"text\0more", b"caf\xe9 \xff"])
+def test_damaged_file_is_counted_and_the_rest_read(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "a.txt", content)
+    write(tmp_path / "b.txt", "Whole.")
+    assert read_text(tmp_path) == [Document("a.txt", "", len(content), "damaged"), Document("b.txt", "Whole.", 6)]
+
+
+def test_damage_takes_the_piece_of_a_long_file_it_is_in(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"A good paragraph.\n\n" * 1000 + b"\xff\n\n" + b"A good paragraph.\n\n" * 1000)
+    assert [document.dropped for document in read_text(tmp_path)] == ["", "", "damaged", "", ""]
+
+
+def test_empty_files_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "")
+    write(tmp_path / "b.txt", "\n \n\t\n")
+    assert read_text(tmp_path) == [Document("a.txt", "", 0, "empty"), Document("b.txt", "", 5, "empty")]
 
 
 def test_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
     write(tmp_path / "only.pdf", "x")
     with pytest.raises(MsltError, match=r"read are \.txt, \.md, \.rst"):
-        text.find_files(tmp_path)
-    with pytest.raises(MsltError, match="wiki_00"):
-        wikipedia.find_files(tmp_path)
+        read_text(tmp_path)
     with pytest.raises(MsltError, match="no such file or folder"):
-        text.find_files(tmp_path / "nowhere")
+        read_text(tmp_path / "nowhere")
 
 
 def test_long_file_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path: Path) -> None:
     lines = [f"Paragraph {number} of a long book." for number in range(2000)]
     path = write(tmp_path / "book.txt", "\n\n".join(lines))
-    parts = list(text.read_documents(path))
-    assert [name for name, _ in parts] == [f"part {number}" for number in range(1, len(parts) + 1)]
-    assert len(parts) == 6
-    assert "\n".join(part for _, part in parts).split("\n") == lines
+    documents = read_text(path)
+    assert [document.key for document in documents] == [f"book.txt#part {n + 1}" for n in range(len(documents))]
+    assert len(documents) == path.stat().st_size // text.LONG_BYTES + 1
+    assert "\n".join(document.text for document in documents).split("\n") == lines
+    assert sum(document.num_bytes for document in documents) == path.stat().st_size
 
 
-PAGES = """<doc id="1" url="?curid=1" title="Empty">
-Empty
+def test_oversized_paragraph_is_skipped_in_little_memory(tmp_path: Path) -> None:
+    size = 3 * MAX_DOCUMENT_BYTES
+    path = write(tmp_path / "a.txt", b"First.\n\n" + b" " * 9000 + b"\n\n" + b"x" * size + b"\n\nLast.")
+    tracemalloc.start()
+    documents = read_text(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(d.text, d.dropped) for d in documents] == [("First.", ""), ("", "oversized"), ("Last.", "")]
+    assert sum(document.num_bytes for document in documents) == path.stat().st_size
+    assert peak < 2 * MAX_DOCUMENT_BYTES
 
 
-</doc>
-<doc id="2" url="?curid=2" title="A & B <">
-A & B <
-
-A and B () are letters &amp; more <ref name="x">. They are old.
-Early life.
-! colspan="13" style="background:#DCDCDC" | Goalkeepers
-Both were born in Berlin in 1901 (, ) or later.
-
-</doc>
-<doc id="3" url="?curid=3" title="Cut">
-Cut
-
-The file ends here.
-"""
-
-
-def test_wikipedia_pages(tmp_path: Path) -> None:
-    path = write(tmp_path / "AA/wiki_00", PAGES)
-    assert wikipedia.find_files(tmp_path) == [path]
-    assert list(wikipedia.read_documents(path)) == [
-        ("1", ""),
-        ("2", "A and B are letters & more . They are old.\nBoth were born in Berlin in 1901 or later."),
-        ("3", ""),
-    ]
-
-
-def test_wikitext_is_not_wikiextractor_output(tmp_path: Path) -> None:
-    path = write(tmp_path / "wiki_00", "<mediawiki>\n<page>")
-    with pytest.raises(MsltError, match=r"wiki_00.*run it over the dump"):
-        list(wikipedia.read_documents(path))
-
-
-CREDITS = "\n\nProduced by A. Volunteer and\nothers\n\n"
-BODY = CREDITS + "CHAPTER I.\n\nIt was a _dark_\nnight.\n\nHe said:\nsnake_case_name.\n\n"
-OLD_HEADER = "***START**THE SMALL PRINT!**START***\nlegal\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04*END*"
-
-
-@pytest.mark.parametrize(
-    ("header", "footer"),
-    [
-        ("Title\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***", "*** END OF THIS PROJECT GUTENBERG EBOOK X ***\nL"),
-        (
-            "T\n***START OF THE PROJECT GUTENBERG EBOOK X\nAND Y***",
-            "End of the Project Gutenberg EBook of X\n\n***END OF",
-        ),
-        (OLD_HEADER, "End of Project Gutenberg Etext X"),
-        ("", ""),
-    ],
+PART_SIZES = [2**13, 3 * 2**13, 2**24]
+assert PART_BYTES % text.LONG_BYTES == 0
+PARAGRAPHS = st.sampled_from(
+    [b"x\n", b"word \n" * 900, b"\n", b" \t\r\n", b"\n\n", b"y" * 9000, b"\xff", b" " * 70_000]
 )
-def test_book_loses_licence_and_credits(header: str, footer: str) -> None:
-    body = BODY + "Filler.\n\n" * 100
-    expected = ["CHAPTER I.", "It was a dark night.", "He said: snake_case_name.", *["Filler."] * 100]
-    assert books.clean_book(header + body + footer).split("\n") == expected
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(PARAGRAPHS, max_size=12).map(b"".join))
+def test_documents_are_the_same_however_the_file_is_cut(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "cut.txt", raw)
+    found = []
+    for size in PART_SIZES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text, "PART_BYTES", size)
+            found.append(read_text(path))
+    assert found[0] == found[1] == found[2]
+    assert sum(document.num_bytes for document in found[0]) == len(raw)
+    assert len({document.key for document in found[0]}) == len(found[0]) > 0
+    words = b" ".join(raw.split()).decode("utf-8", "replace").split()
+    assert [w for d in found[0] for w in d.text.split()] == words or any(d.dropped == "damaged" for d in found[0])
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.binary(max_size=300))
+def test_no_bytes_break_the_reader(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    documents = read_text(write(tmp_path_factory.getbasetemp() / "any.txt", raw))
+    assert sum(document.num_bytes for document in documents) == len(raw)
 
 
 def test_docstrings_become_prose(tmp_path: Path) -> None:
@@ -142,17 +144,29 @@ async def g():
     "Say something nice to everybody."
 '''
     path = write(tmp_path / "things.py", source)
-    assert [t.split("\n") for _, t in python_docs.read_documents(path)] == [
-        ["It does things with spam, and it does them well.", "Say something nice to everybody."]
-    ]
+    (document,) = read(python_docs, FileSource(kind="python_docs", path=str(path.parent)))
+    assert document.key == "things.py"
+    assert document.text == "It does things with spam, and it does them well.\nSay something nice to everybody."
+    assert len(document.text) < document.num_bytes < len(source)
 
 
 def test_topics_are_documents_and_tests_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "test/test_x.py", "")
     write(tmp_path / "site-packages/x.py", "")
-    path = write(tmp_path / "pydoc_data/topics.py", "topics = {'b': 'Beta is the second letter.', 'a': ''}\n")
-    assert python_docs.find_files(tmp_path) == [path]
-    assert list(python_docs.read_documents(path)) == [("a", ""), ("b", "Beta is the second letter.")]
+    write(tmp_path / "pydoc_data/topics.py", "topics = {'b': 'Beta is the second letter.', 'a': ''}\n")
+    assert read(python_docs, FileSource(kind="python_docs", path=str(tmp_path))) == [
+        Document("pydoc_data/topics.py#a", "", 0, "empty"),
+        Document("pydoc_data/topics.py#b", "Beta is the second letter.", 26),
+    ]
+
+
+def test_no_python_is_named(tmp_path: Path) -> None:
+    source = FileSource(kind="python_docs", path=str(tmp_path))
+    with pytest.raises(MsltError, match=r"no \.py file; leave `path` out"):
+        python_docs.list_parts(source)
+    write(tmp_path / "old.py", "print 'two'")
+    with pytest.raises(MsltError, match=r"old\.py: not Python of this version"):
+        read(python_docs, source)
 
 
 def test_sentences() -> None:
@@ -166,21 +180,4 @@ def test_sentences() -> None:
 def test_long_quotation_is_split_and_loses_nothing() -> None:
     quotation = "“" + "I have not much to say. " * 20 + "He asked, “Why?” Then he left.” She wept."
     assert len(split_sentences(quotation)) > 20
-    assert "".join(split_quotation(quotation)) == quotation
-
-
-@pytest.mark.skipif(
-    "MSLT_TEST_DATA" not in os.environ, reason="MSLT_TEST_DATA names no folder with wikipedia and books"
-)
-def test_real_text() -> None:
-    root = Path(os.environ["MSLT_TEST_DATA"])
-    pages = [t for _, t in wikipedia.read_documents(wikipedia.find_files(root / "wikipedia/extracted")[0])]
-    assert 0 < sum(map(bool, pages)) < len(pages)
-    assert not any("<" in page and "</" in page for page in pages)
-    for path in books.find_files(root / "books")[::10]:
-        (_, book), size = next(books.read_documents(path)), path.stat().st_size
-        assert 0.7 * size < len(book.encode()) < size
-        assert "END OF THIS PROJECT GUTENBERG" not in book
-        assert "".join(book.split("\n")) != ""
-        for line in book.split("\n"):
-            assert "".join(split_quotation(line)) == line
+    assert "".join(split_paragraph(quotation)) == quotation

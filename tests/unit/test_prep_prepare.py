@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from data_prep.prepare import choose_split, prepare, unigram_cross_entropy
+from data_prep.assemble import count_tokens, unigram_cross_entropy
+from data_prep.duplicates import hash_text
+from data_prep.prepare import locked, prepare
 from data_prep.recipe import DataRecipe
 from data_prep.sentences import split_sentences
+from data_prep.tokenizing import choose_split
 from data_prep.verify import verify
 from mslt.data.manifest import read_manifest
-from mslt.data.shards import ShardWriter, SpecialIds, open_shards
+from mslt.data.shards import SpecialIds, open_shards, shard_entry, write_shard
 from mslt.errors import MsltError
 from mslt.files import whole_folder
 from mslt.validation import read_yaml, validate
@@ -39,21 +42,33 @@ def make_sources(folder: Path, num_documents: int = 40) -> Path:
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def make_recipe(path: Path, **changes: Any) -> DataRecipe:
     values = {"sources": [{"kind": "text", "path": str(path)}], "vocabulary": {"size": 256}, "validation_share": 0.2}
     return validate(DataRecipe, values | changes, "test")
 
 
+def in_split(split: str, text: str, validation_share: float) -> bool:
+    held_out = choose_split(np.array([hash_text("\n".join(split_sentences(text)))], np.uint64), validation_share)
+    return bool(held_out[0]) == (split == "validation")
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    prepare(make_recipe(make_sources(tmp_path / "text")), tmp_path / "shards", shard_tokens=1000)
+    prepare(make_recipe(make_sources(tmp_path / "text")), tmp_path / "shards", piece_bytes=2000)
     return tmp_path / "shards"
 
 
 def test_shards_hold_the_documents(made: Path) -> None:
     manifest = read_manifest(made)
-    rules, train, validation = manifest.rules, manifest.splits["train"], manifest.splits["validation"]
-    assert (rules.dropped_empty_documents, rules.dropped_short_documents) == (1, 1)
+    source, train, validation = manifest.sources[0], manifest.splits["train"], manifest.splits["validation"]
+    assert {rule: amount.documents for rule, amount in source.dropped.items()} == {"empty": 1, "short": 1}
+    assert source.read.bytes == sum(path.stat().st_size for path in (made.parent / "text").iterdir())
+    assert sum([amount for amount in source.dropped.values()], source.kept) == source.read
+    assert (source.files, source.kept.documents) == (42, 40)
     assert train.documents + validation.documents == 40
     assert validation.documents > 0
     assert len(train.shards) > 1
@@ -61,7 +76,7 @@ def test_shards_hold_the_documents(made: Path) -> None:
     texts = [" ".join(make_text(i).replace("\n\n", "\x00").split()).replace("\x00", "\n") for i in range(40)]
     for split in ("train", "validation"):
         shards = open_shards(made, split)
-        expected = [t for t in texts if choose_split(t, 0.2) == split]
+        expected = [t for t in texts if in_split(split, t, 0.2)]
         assert shards.num_documents == len(expected)
         assert shards.num_sentences == manifest.splits[split].sentences
         for document, text in enumerate(expected):
@@ -77,16 +92,19 @@ def test_shards_hold_the_documents(made: Path) -> None:
 
 
 def test_two_runs_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    prepare(make_recipe(tmp_path / "text"), tmp_path / "again", shard_tokens=1000)
-    files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
-    assert all((made / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
-    assert not any("spool" in str(name) for name in files)
+    prepare(make_recipe(tmp_path / "text"), tmp_path / "again", piece_bytes=2000)
+    assert contents(tmp_path / "again") == contents(made)
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_processes_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    prepare(make_recipe(tmp_path / "text"), tmp_path / "again", num_workers=2, piece_bytes=2000)
+    assert contents(tmp_path / "again") == contents(made)
 
 
 def test_prepared_folder_is_left_as_it_is(made: Path, tmp_path: Path) -> None:
     before = (made / "manifest.json").stat().st_mtime_ns
-    manifest, is_new = prepare(make_recipe(tmp_path / "text"), made)
+    manifest, is_new = prepare(make_recipe(tmp_path / "text"), made, piece_bytes=2000)
     assert not is_new
     assert manifest == read_manifest(made)
     assert (made / "manifest.json").stat().st_mtime_ns == before
@@ -108,23 +126,50 @@ def test_a_folder_that_is_something_else_is_never_replaced(tmp_path: Path) -> No
 
 
 def test_split_is_stable_when_sources_are_added() -> None:
-    texts = [make_text(i) for i in range(2000)]
-    held_out = sum(choose_split(text, 0.1) == "validation" for text in texts)
-    assert 150 < held_out < 250
-    assert all(choose_split(t, 0.2) == "validation" for t in texts if choose_split(t, 0.1) == "validation")
-    assert choose_split(texts[0], 0) == "train"
+    hashes = np.array([hash_text(make_text(i)) for i in range(2000)], np.uint64)
+    held_out = choose_split(hashes, 0.1)
+    assert 150 < held_out.sum() < 250
+    assert choose_split(hashes, 0.2)[held_out].all()
+    assert not choose_split(hashes, 0).any()
 
 
-def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_nothing_left_is_an_error_and_makes_no_folder(tmp_path: Path) -> None:
     text = make_sources(tmp_path / "text")
-    with pytest.raises(MsltError, match=r"1000 tokens or more for the train split.* 41 too short"):
+    with pytest.raises(MsltError, match=r"nothing is left for the train split \(42 documents: 1 empty, 41 short\)"):
         prepare(make_recipe(text, min_document_tokens=1000), tmp_path / "out")
     with pytest.raises(MsltError, match=r"validation_share: .*raise it"):
         prepare(make_recipe(text, validation_share=1e-9), tmp_path / "out")
-    (text / "binary.txt").write_bytes(b"\0")
-    with pytest.raises(MsltError, match=r"binary.txt"):
+    assert not (tmp_path / "out").exists()
+    assert prepare(make_recipe(text), tmp_path / "out")[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text"]
+
+
+def test_damaged_documents_are_counted(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    (text / "binary.txt").write_bytes(b"\0" * 100)
+    (text / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    dropped = prepare(make_recipe(text), tmp_path / "out")[0].sources[0].dropped
+    assert (dropped["damaged"].documents, dropped["damaged"].bytes) == (2, 107)
+
+
+def test_repeated_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    long = " ".join(make_text(index) for index in range(100, 110))
+    (text / "long.txt").write_text(long)
+    (text / "long-near.txt").write_text(long + " One more sentence.")
+    (text / "long-same.txt").write_text(f"\n{long}\n\n")
+    source = prepare(make_recipe(text), tmp_path / "out")[0].sources[0]
+    counts = {rule: amount.documents for rule, amount in source.dropped.items()}
+    assert counts == {"empty": 1, "short": 1, "exact_duplicate": 1, "near_duplicate": 1}
+    assert source.kept.documents == 41
+    without = make_recipe(text, duplicates={"exact": False, "near": False})
+    assert prepare(without, tmp_path / "all")[0].sources[0].kept.documents == 43
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    with locked(tmp_path / "out.work"), pytest.raises(MsltError, match="another process prepares"):
         prepare(make_recipe(text), tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text"]
 
 
 def test_without_validation(tmp_path: Path) -> None:
@@ -138,18 +183,22 @@ def test_without_validation(tmp_path: Path) -> None:
 
 def test_existing_vocabulary_keeps_its_ids(made: Path, tmp_path: Path) -> None:
     vocabulary = {"file": str(made / "tokenizer/vocab.txt")}
-    prepare(make_recipe(tmp_path / "text", vocabulary=vocabulary), tmp_path / "given")
+    prepare(make_recipe(tmp_path / "text", vocabulary=vocabulary), tmp_path / "given", piece_bytes=2000)
     assert read_manifest(tmp_path / "given").tokenizer == read_manifest(made).tokenizer
     ours, given = open_shards(made, "train"), open_shards(tmp_path / "given", "train")
     assert ours.tokens(0, 3).tolist() == given.tokens(0, 3).tolist()
-    assert not prepare(make_recipe(tmp_path / "text", vocabulary=vocabulary), tmp_path / "given")[1]
+    pretrained = {"pretrained": str(made / "tokenizer")}
+    assert prepare(make_recipe(tmp_path / "text", vocabulary=pretrained), tmp_path / "folder", piece_bytes=2000)[1]
+    assert contents(tmp_path / "folder").keys() == contents(tmp_path / "given").keys()
+    assert open_shards(tmp_path / "folder", "train").tokens(0, 3).tolist() == ours.tokens(0, 3).tolist()
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "train", 70_000) as writer:
+    with write_shard(tmp_path / "train-00000.arrow", 70_000) as writer:
         writer.add([[69_999, 1], [2]])
-    assert writer.entry.tokens == 3
-    assert writer.token_counts[69_999] == 1
+    entry = shard_entry(tmp_path / "train-00000.arrow", writer)
+    assert entry.tokens == 3
+    assert count_tokens(tmp_path, [entry], 70_000)[69_999] == 1
 
 
 def test_unigram_cross_entropy_by_hand() -> None:
@@ -161,16 +210,29 @@ def test_unigram_cross_entropy_by_hand() -> None:
 def test_all_mistakes_of_a_recipe_at_once(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "sources:\n  - {kind: books}\n  - {kind: blogs, path: x, colour: red}\n"
+        "sources:\n  - {kind: books}\n  - {kind: blogs, path: x}\n"
+        "  - {kind: text, path: x, colour: red}\n  - {path: x}\n"
         "vocabulary: {size: 10, file: v.txt, lowercse: true}\nvalidation_shar: 0.1\n"
     )
     with pytest.raises(MsltError) as caught:
         validate(DataRecipe, read_yaml(path), str(path))
-    for said in ("sources.0: a source of kind books needs a path", "sources.1.kind", "sources.1.colour: unknown key",
-                 "vocabulary.size", "vocabulary.lowercse: unknown key", "validation_shar: unknown key"):  # fmt: skip
+    for said in (
+        "sources.0: a source of kind books needs a path",
+        "sources.1.kind: 'blogs' is none of",
+        "sources.2.colour: unknown key",
+        "sources.3.kind: missing",
+        "vocabulary.size",
+        "vocabulary.lowercse: unknown key",
+        "validation_shar: unknown key",
+    ):
         assert said in str(caught.value)
-    with pytest.raises(MsltError, match="leave out size"):
-        validate(DataRecipe, {"sources": [{"kind": "python_docs"}], "vocabulary": {"file": "v", "size": 512}}, "r")
+    for vocabulary, said in [
+        ({"file": "v", "size": 512}, "leave out size"),
+        ({"pretrained": "v", "lowercase": True}, "leave out lowercase"),
+        ({"file": "v", "pretrained": "w"}, "not both"),
+    ]:
+        with pytest.raises(MsltError, match=said):
+            validate(DataRecipe, {"sources": [{"kind": "python_docs"}], "vocabulary": vocabulary}, "r")
     path.write_text("a: [")
     with pytest.raises(MsltError, match="not readable as YAML"):
         read_yaml(path)
@@ -188,10 +250,10 @@ def test_verify_finds_what_the_size_does_not_show(made: Path) -> None:
 
 
 def test_verify_finds_a_token_beyond_the_vocabulary(made: Path) -> None:
-    with ShardWriter(made, "train", 1000) as writer:
+    with write_shard(made / "train-00000.arrow", 1000) as writer:
         writer.add([[5, 999]])
     manifest = json.loads((made / "manifest.json").read_text())
-    manifest["splits"]["train"] |= writer.entry.model_dump(mode="json")
+    manifest["splits"]["train"]["shards"][0] = shard_entry(made / "train-00000.arrow", writer).model_dump(mode="json")
     (made / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(MsltError, match="token id 999, the vocabulary has"):
         verify(made)
@@ -234,7 +296,7 @@ def test_damaged_folders_are_refused(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format_version": 99}, "format version 99, this mslt reads 1; upgrade"),
+        ({"format_version": 99}, "format version 99, this mslt reads 2; upgrade"),
         ({"splits": {"train": {"documents": "many"}}}, "splits.train.documents"),
         ({"splits": {}}, "splits.train is missing"),
     ],
@@ -253,6 +315,7 @@ def test_manifest_hash_changes_with_the_corpus(made: Path) -> None:
     manifest = read_manifest(made)
     assert manifest.hash == read_manifest(made).hash
     assert manifest.model_copy(update={"recipe_sha256": "0"}).hash != manifest.hash
+    assert manifest.model_copy(update={"provenance": {}}).hash == manifest.hash
 
 
 def test_interrupted_folder_leaves_nothing(tmp_path: Path) -> None:

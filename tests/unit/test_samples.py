@@ -4,6 +4,7 @@ The pairs are compared with Google's `create_instances_from_document`, written h
 keyed draws.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,28 +18,11 @@ from mslt.config import DataConfig
 from mslt.data import keyed
 from mslt.data.loader import Batch, Samples, evaluation_batches, training_batches
 from mslt.data.masking import IGNORED_LABEL, mask_tokens
-from mslt.data.order import EpochIndex, SampleOrder, truncated_lengths
+from mslt.data.order import EpochIndex, SampleOrder, followed, truncated_lengths
 from mslt.data.shards import Shards, open_shards
 from mslt.errors import MsltError
 from mslt.plan import Plan, Stage
-
-
-class Corpus:
-    """Stands in for Shards: documents given by their sentences' lengths, every token a number of its own."""
-
-    folder, split = Path("corpus"), "train"
-
-    def __init__(self, documents: list[list[int]]) -> None:
-        self.num_documents = len(documents)
-        self.document_starts = np.cumsum([0, *map(len, documents)])
-        self.token_starts = np.cumsum([0, *(length for document in documents for length in document)])
-
-    def tokens(self, first_sentence: int, last_sentence: int) -> np.ndarray:
-        return np.arange(self.token_starts[first_sentence], self.token_starts[last_sentence])
-
-    def document_of(self, token: int) -> int:
-        sentence = int(np.searchsorted(self.token_starts, token, side="right")) - 1
-        return int(np.searchsorted(self.document_starts, sentence, side="right")) - 1
+from tests.corpus import FIRST_TOKEN, Corpus
 
 
 @dataclass(frozen=True)
@@ -121,9 +105,28 @@ def devlin_pair(
     return a, b
 
 
-def chunks_of(index: EpochIndex) -> list[tuple[int, ...]]:
-    columns = (index.start, index.a_end, index.end, index.target, index.document)
-    return [tuple(map(int, row)) for row in zip(*columns, strict=True)]
+def chunks_of(index: EpochIndex) -> list[tuple[int, int, int]]:
+    """(start, a_end, end) of each, end being a_end where B is random."""
+    chunks = zip(*(column.tolist() for column in index), strict=True)
+    return [(start, start + a_size, start + a_size + b_size) for start, a_size, b_size in chunks]
+
+
+@dataclass(frozen=True)
+class Pair:
+    a: np.ndarray
+    b: np.ndarray
+    is_random: bool
+
+
+def pairs_of(order: SampleOrder, epoch: int, indices: Iterable[int]) -> list[Pair]:
+    index_B = np.fromiter(indices, np.int64)
+    segments = order.segments(np.full(len(index_B), epoch), index_B)
+    runs = order.shards.token_runs(segments.first_token_BS.ravel(), segments.num_tokens_BS.ravel())
+    return [Pair(*row) for row in zip(runs[::2], runs[1::2], segments.is_random_B.tolist(), strict=True)]
+
+
+def all_pairs(order: SampleOrder, epoch: int) -> list[Pair]:
+    return pairs_of(order, epoch, range(order.num_samples(epoch)))
 
 
 def compare_with_devlin(
@@ -132,9 +135,11 @@ def compare_with_devlin(
     order = SampleOrder(shards, length, short_probability, seed)  # type: ignore[arg-type]
     expected = devlin_epoch(shards, length - 3, short_probability, seed, epoch)
     found = chunks_of(order.index(epoch))
-    assert found == [(chunk.start, chunk.a_end, chunk.end, chunk.target, chunk.document) for chunk in expected]
-    for index in range(0, len(found), max(len(found) // num_pairs, 1)):
-        pair = order.pair(epoch, index)
+    assert found == [(chunk.start, chunk.a_end, chunk.end) for chunk in expected]
+    sizes = order.chunk_sizes(np.full(len(found), epoch), np.arange(len(found)))
+    assert sizes.tolist() == [chunk.num_sentences for chunk in expected]
+    compared = range(0, len(found), max(len(found) // num_pairs, 1))
+    for index, pair in zip(compared, pairs_of(order, epoch, compared), strict=True):
         assert (pair.a.tolist(), pair.b.tolist()) == devlin_pair(
             shards, expected[index], length - 3, seed, epoch, index
         ), index
@@ -186,25 +191,19 @@ def test_real_text_is_paired_as_devlin_does(shards: Path, length: int, seed: int
 def test_every_sentence_is_in_one_chunk_of_an_epoch(shards: Path, epoch: int) -> None:
     train = open_shards(shards, "train")
     index = SampleOrder(train, 64, 0.1, seed=0).index(epoch)
-    by_start = np.argsort(index.start)
-    start, end = index.start[by_start], np.maximum(index.a_end, index.end)[by_start]
-    assert start[0] == 0
-    assert end[-1] == train.num_sentences
-    assert (start[1:] == end[:-1]).all(), "each goes on where the one before ended"
-    assert (index.a_end > index.start).all()
-    first_document, last_document = (
-        np.searchsorted(train.document_starts, sentence, side="right") - 1 for sentence in (start, end - 1)
-    )
-    assert (first_document == last_document).all()
-    assert (first_document == index.document[by_start]).all()
+    chunks = sorted(chunks_of(index))
+    assert chunks[0][0] == 0
+    assert chunks[-1][2] == train.num_sentences
+    assert all(start == end for (start, *_), (*_, end) in zip(chunks[1:], chunks[:-1], strict=True)), "no gap"
+    assert all(start < a_end for start, a_end, _ in chunks)
+    documents = [np.searchsorted(train.document_starts, (start, end - 1), side="right") for start, _, end in chunks]
+    assert all(first == last for first, last in documents)
 
 
 def test_nothing_is_lost_but_by_truncation() -> None:
     corpus = Corpus([[3, 40, 5, 2, 2, 9], [4, 4], [30]])
     order = SampleOrder(corpus, 16, 0.0, seed=1)  # type: ignore[arg-type]
-    index = order.index(0)
-    for i, (start, a_end, end, _, _) in enumerate(chunks_of(index)):
-        pair = order.pair(0, i)
+    for (start, a_end, end), pair in zip(chunks_of(order.index(0)), all_pairs(order, 0), strict=True):
         wholes = [corpus.tokens(start, a_end).tolist()]
         wholes += [] if pair.is_random else [corpus.tokens(a_end, end).tolist()]
         for whole, part in zip(wholes, (pair.a.tolist(), pair.b.tolist()), strict=False):
@@ -221,7 +220,7 @@ def test_half_of_the_chunks_that_could_follow_do(shards: Path, seed: int) -> Non
     is_random: dict[bool, list[bool]] = {True: [], False: []}
     for epoch in range(3):
         sizes = {chunk.start: chunk.num_sentences for chunk in devlin_epoch(train, 61, 0.1, seed, epoch)}
-        for start, a_end, end, *_ in chunks_of(order.index(epoch)):
+        for start, a_end, end in chunks_of(order.index(epoch)):
             is_random[sizes[start] >= 2].append(end == a_end)
     divisible, single = is_random[True], is_random[False]
     print(f"seed {seed}: {np.mean(divisible):.2%} of {len(divisible)} chunks are random")
@@ -238,14 +237,12 @@ def test_negatives_come_from_all_other_documents_evenly(num_documents: int) -> N
     counts = np.zeros((num_documents, num_documents))
     starts = np.zeros(3)
     for epoch in range(1200 // num_documents):
-        for i, document in enumerate(order.index(epoch).document):
-            pair = order.pair(epoch, i)
-            origin = corpus.document_of(int(pair.b[0]))
+        for pair in all_pairs(order, epoch):
+            document, origin = corpus.document_of(pair.a[0]), corpus.document_of(pair.b[0])
             assert (origin != document) == pair.is_random
             if pair.is_random:
                 counts[document, origin] += 1
-                sentence = int(np.searchsorted(corpus.token_starts, int(pair.b[0]), side="right")) - 1
-                starts[sentence % 3] += 1
+                starts[corpus.sentence_of(pair.b[0]) % 3] += 1
     expected = counts.sum() / (num_documents * (num_documents - 1))
     off_diagonal = counts[~np.eye(num_documents, dtype=bool)]
     assert np.abs(off_diagonal - expected).max() < 5 * expected**0.5
@@ -253,21 +250,13 @@ def test_negatives_come_from_all_other_documents_evenly(num_documents: int) -> N
     assert np.abs(starts / starts.sum() - 1 / 3).max() < 0.08, "from any sentence on"
 
 
-def test_negatives_of_real_text_are_of_another_document(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negatives_of_real_text_are_of_another_document(shards: Path) -> None:
     train = open_shards(shards, "train")
-    order = SampleOrder(train, 64, 0.1, seed=2)
-    read: list[int] = []
-    tokens = train.tokens
-    monkeypatch.setattr(train, "tokens", lambda first, last: (read.append(first), tokens(first, last))[1])
-    num_random = 0
-    for i, document in enumerate(order.index(0).document[:500]):
-        read.clear()
-        pair = order.pair(0, i)
-        origin_a, origin_b = np.searchsorted(train.document_starts, read, side="right") - 1
-        assert origin_a == document
-        assert (origin_b != document) == pair.is_random
-        num_random += pair.is_random
-    assert num_random > 100
+    segments = SampleOrder(train, 64, 0.1, seed=2).segments(np.zeros(500, int), np.arange(500))
+    sentence = np.searchsorted(train.token_starts, segments.first_token_BS, side="right") - 1
+    document = np.searchsorted(train.document_starts, sentence, side="right") - 1
+    assert ((document[:, 0] != document[:, 1]) == segments.is_random_B).all()
+    assert segments.is_random_B.sum() > 100
 
 
 @pytest.mark.parametrize("max_length", range(2, 14))
@@ -277,7 +266,7 @@ def test_truncated_lengths_are_those_of_the_loop(max_length: int) -> None:
             left = [a, b]
             while sum(left) > max_length:
                 left[0 if left[0] > left[1] else 1] -= 1
-            assert truncated_lengths(a, b, max_length) == tuple(left), (a, b)
+            assert truncated_lengths(np.array([[a, b]]), max_length).tolist() == [left], (a, b)
 
 
 def test_both_ends_are_truncated_alike() -> None:
@@ -285,10 +274,9 @@ def test_both_ends_are_truncated_alike() -> None:
     order = SampleOrder(corpus, 33, 0.0, seed=0)  # type: ignore[arg-type]
     fronts = []
     for epoch in range(200):
-        for i, start in enumerate(order.index(epoch).start):
-            pair = order.pair(epoch, i)
+        for start, pair in zip(order.index(epoch).start, all_pairs(order, epoch), strict=True):
             assert (len(pair.a), len(pair.b)) == (15, 15)
-            fronts.append(int(pair.a[0] - corpus.token_starts[start]))
+            fronts.append(int(pair.a[0] - FIRST_TOKEN - corpus.token_starts[start]))
     assert len(fronts) > 400
     assert abs(np.mean(fronts) - 12.5) < 5 * (25 / 4 / len(fronts)) ** 0.5
     assert abs(np.var(fronts) - 25 / 4) < 2
@@ -299,26 +287,119 @@ def test_fewer_than_two_documents_are_refused() -> None:
         SampleOrder(Corpus([[4, 5]]), 16, 0.1, seed=0)  # type: ignore[arg-type]
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(data=st.data(), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_jumps_are_followed_to_the_end(data: st.DataObject, sizes: list[int]) -> None:
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    jump = [
+        data.draw(st.integers(i + 1, end))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        for i in range(start, end)
+    ]
+    expected, i = [], 0
+    while i < len(jump):
+        expected.append(i)
+        i = jump[i]
+    assert np.flatnonzero(followed(np.array(jump), starts)).tolist() == expected
+
+
+def test_the_index_is_the_same_however_the_documents_are_cut(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = open_shards(shards, "train")
+    whole = SampleOrder(train, 32, 0.1, seed=0).index(0)
+    assert len(whole.start) > 2000
+    for block_sentences in (1, 37, 1000):
+        monkeypatch.setattr("mslt.data.order.BLOCK_SENTENCES", block_sentences)
+        cut = SampleOrder(train, 32, 0.1, seed=0).index(0)
+        assert all((one == other).all() for one, other in zip(whole, cut, strict=True))
+    assert [column.dtype for column in whole] == [np.uint32, np.uint16, np.uint16]
+
+
+# Without next-sentence prediction
+
+
+def packed(shards: Corpus | Shards, length: int, short_probability: float, seed: int) -> SampleOrder:
+    return SampleOrder(shards, length, short_probability, seed, next_sentence_prediction=False)  # type: ignore[arg-type]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=8), min_size=1, max_size=6),
+    length=st.integers(8, 24),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 3),
+)
+def test_any_corpus_is_packed_with_as_many_sentences_as_fit(
+    documents: list[list[int]], length: int, seed: int, epoch: int
+) -> None:
+    corpus, limit = Corpus(documents), length - 2
+    expected = []
+    for first, last in zip(corpus.document_starts[:-1], corpus.document_starts[1:], strict=True):
+        run: list[int] = []
+        for sentence in range(first, last):
+            tokens = corpus.tokens(sentence, sentence + 1).tolist()
+            if run and len(run) + len(tokens) > limit:
+                expected.append(run)
+                run = []
+            run = run + tokens
+        expected.append(run)
+    order = packed(corpus, length, 0.0, seed)
+    pairs = sorted(all_pairs(order, epoch), key=lambda pair: int(pair.a[0]))
+    assert len(pairs) == len(expected)
+    for pair, run in zip(pairs, expected, strict=True):
+        assert len(pair.b) == 0
+        assert not pair.is_random
+        assert len(pair.a) == min(len(run), limit)
+        at = run.index(pair.a[0])
+        assert run[at : at + len(pair.a)] == pair.a.tolist(), "a sentence longer than the sequence is truncated"
+
+
+def test_packed_samples_have_one_segment_and_no_label(shards: Path) -> None:
+    train = open_shards(shards, "train")
+    samples = samples_of(train, 48, seed=1, next_sentence_prediction=False)
+    batch, special = samples.batch(range(400)), train.special_ids
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert (batch["nsp_labels"] == IGNORED_LABEL).all()
+    assert not batch["token_type_ids"].any()
+    pairs = pairs_of(samples.order, 0, range(400))
+    for row, pair in enumerate(pairs):
+        used = batch["mlm_labels"][row] != IGNORED_LABEL
+        found = batch["input_ids"][row].clone()
+        found[batch["mlm_positions"][row][used]] = batch["mlm_labels"][row][used]
+        expected = [special.cls, *pair.a.tolist(), special.sep]
+        assert found.tolist() == expected + [special.pad] * (48 - len(expected))
+        assert int(batch["attention_mask"][row].sum()) == len(expected)
+        assert int(used.sum()) == min(5, max(1, round(len(expected) * 0.15)))
+    assert max(len(pair.a) for pair in pairs) == 46
+
+
+def test_packing_needs_no_second_document() -> None:
+    assert packed(Corpus([[4, 5]]), 16, 0.0, 0).num_samples(0) == 1
+
+
 # Positions
 
 
 def test_positions_run_through_epochs_without_gap() -> None:
     corpus = Corpus([[5, 7, 6, 3], [2, 9], [12]])
     order = SampleOrder(corpus, 16, 0.1, seed=0)  # type: ignore[arg-type]
-    addresses = [order.locate(position) for position in range(60)]
-    expected = [(epoch, i) for epoch in range(30) for i in range(len(order.index(epoch).start))]
+    addresses = list(zip(*(part.tolist() for part in order.locate(np.arange(60))), strict=True))
+    expected = [(epoch, i) for epoch in range(30) for i in range(order.num_samples(epoch))]
     assert addresses == expected[:60]
     assert addresses[-1][0] > 5
     later_first = SampleOrder(corpus, 16, 0.1, seed=0)  # type: ignore[arg-type]
-    assert [later_first.locate(position) for position in reversed(range(60))] == addresses[::-1]
-    backwards = [later_first.pair(*address).a.tolist() for address in addresses[::-1]]
-    assert backwards == [order.pair(*address).a.tolist() for address in addresses][::-1]
+    epoch_B, index_B = later_first.locate(np.arange(60)[::-1])
+    assert list(zip(epoch_B.tolist(), index_B.tolist(), strict=True)) == addresses[::-1]
+    backwards = later_first.segments(epoch_B, index_B)
+    forwards = order.segments(epoch_B[::-1], index_B[::-1])
+    assert (backwards.first_token_BS[::-1] == forwards.first_token_BS).all()
+    assert (backwards.num_tokens_BS[::-1] == forwards.num_tokens_BS).all()
 
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_sample_is_the_same_in_whichever_batch_it_comes(shards: Path, seed: int) -> None:
     train = open_shards(shards, "train")
-    num_samples = len(SampleOrder(train, 32, 0.1, seed).index(0).start)
+    num_samples = SampleOrder(train, 32, 0.1, seed).num_samples(0)
     positions = [0, 1, 2, 17, num_samples - 1, num_samples, num_samples + 1, 2 * num_samples + 50]
     alone = [rows(samples_of(train, 32, seed).batch([position]))[0] for position in positions]
     together = samples_of(train, 32, seed)
@@ -356,7 +437,7 @@ def test_held_out_samples_are_dealt_out_whole(shards: Path, world_size: int) -> 
     validation = open_shards(shards, "validation")
     for wanted in (10, 10**6):
         samples = samples_of(validation, 32, seed=0, evaluation_samples=wanted)
-        count = min(wanted, len(samples.order.index(0).start))
+        count = min(wanted, samples.order.num_samples(0))
         dealt = [
             row
             for rank in range(world_size)
@@ -407,9 +488,9 @@ def made(request: pytest.FixtureRequest, shards: Path) -> tuple[Samples, Batch]:
 
 def test_layout_is_cls_a_sep_b_sep(made: tuple[Samples, Batch]) -> None:
     samples, batch = made
-    special, length = samples.special_ids, samples.sequence_length
+    special, length = samples.shards.special_ids, samples.sequence_length
     for row in range(300):
-        pair = samples.order.pair(*samples.order.locate(row))
+        (pair,) = pairs_of(samples.order, 0, [row])
         expected = [special.cls, *pair.a.tolist(), special.sep, *pair.b.tolist(), special.sep]
         num_tokens = len(expected)
         assert num_tokens <= length
@@ -457,7 +538,7 @@ def test_number_of_predictions_is_devlins(made: tuple[Samples, Batch]) -> None:
 
 def test_special_tokens_are_never_predicted(made: tuple[Samples, Batch]) -> None:
     samples, batch = made
-    special = samples.special_ids
+    special = samples.shards.special_ids
     for row in range(1500):
         positions, labels = batch["mlm_positions"][row], batch["mlm_labels"][row]
         used = labels != IGNORED_LABEL
@@ -479,13 +560,13 @@ def test_eighty_ten_ten(made: tuple[Samples, Batch]) -> None:
     labels = batch["mlm_labels"][used]
     total = len(labels)
     assert total > 4000
-    masked, same = now == samples.special_ids.mask, now == labels
+    masked, same = now == samples.shards.special_ids.mask, now == labels
     for share, expected in ((masked, 0.8), (same, 0.1), (~masked & ~same, 0.1)):
         assert abs(share.double().mean() - expected) < 5 * (expected * (1 - expected) / total) ** 0.5 + 1 / 512
     replaced = now[~masked & ~same]
-    distinct = samples.vocab_size * (1 - (1 - 1 / samples.vocab_size) ** len(replaced))
+    distinct = samples.shards.vocab_size * (1 - (1 - 1 / samples.shards.vocab_size) ** len(replaced))
     assert len(replaced.unique()) > 0.9 * distinct, "random entries of the whole vocabulary"
-    assert int(replaced.max()) < samples.vocab_size
+    assert int(replaced.max()) < samples.shards.vocab_size
 
 
 def test_every_position_is_masked_alike(made: tuple[Samples, Batch]) -> None:
@@ -500,3 +581,80 @@ def test_every_position_is_masked_alike(made: tuple[Samples, Batch]) -> None:
     expected = maskable * counts.sum() / maskable.sum()
     assert int(full.sum()) > 300
     assert ((counts[1:-1] - expected).abs() < 5 * expected.sqrt()).all()
+
+
+# Whole words
+
+
+def slow_whole_words(words: list[list[int]], keys: list[int], wanted: int) -> list[int]:
+    """`create_masked_lm_predictions` with whole words; `keys` by position instead of a shuffle."""
+    chosen: list[int] = []
+    for word in sorted(words, key=lambda word: keys[word[0]]):
+        if len(chosen) >= wanted:
+            break
+        if len(chosen) + len(word) <= wanted:
+            chosen += word
+    return sorted(chosen)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    sides=st.tuples(st.lists(st.booleans(), min_size=1, max_size=14), st.lists(st.booleans(), max_size=14)),
+    probability=st.sampled_from([0.05, 0.15, 0.6]),
+    max_predictions=st.integers(1, 8),
+    seed=st.integers(0, 2**32),
+    index=st.integers(0, 10**6),
+)
+def test_whole_words_are_masked_as_devlins_script_does(
+    sides: tuple[list[bool], list[bool]], probability: float, max_predictions: int, seed: int, index: int
+) -> None:
+    a, b = sides  # True: the token goes on a word
+    length = 34
+    goes_on = np.array([False, *a, False, *b, False])
+    maskable = np.zeros((2, length), bool)
+    maskable[:, 1 : len(goes_on) - 1] = True
+    maskable[:, len(a) + 1] = False
+    ids = np.zeros((2, length), np.int64)
+    ids[:, : len(goes_on)] = np.where(goes_on, 7, 6)
+    words: list[list[int]] = []
+    for position in np.flatnonzero(maskable[0]).tolist():
+        if goes_on[position] and maskable[0, position - 1]:
+            words[-1].append(position)
+        else:
+            words.append([position])
+    wanted = min(max_predictions, max(1, round(len(goes_on) * probability)), int(maskable[0].sum()))
+    keys = [int(keyed.bits(seed, "mask_position", 3, index, position)) for position in range(length)]
+
+    def mask(is_continuation_V: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return mask_tokens(
+            ids.copy(), maskable, np.full(2, len(goes_on)), np.array([0, 3]), np.array([5, index]), seed=seed,
+            mask_probability=probability, max_predictions=max_predictions, mask_id=4, vocab_size=100,
+            is_continuation_V=is_continuation_V,
+        )  # fmt: skip
+
+    positions, labels = mask(np.arange(100) == 7)
+    assert positions[1][labels[1] != IGNORED_LABEL].tolist() == slow_whole_words(words, keys, wanted)
+    one_each, tokens = mask(np.zeros(100, bool)), mask(None)
+    assert all((one == other).all() for one, other in zip(one_each, tokens, strict=True)), "words of one token each"
+
+
+def test_whole_words_of_real_text(shards: Path) -> None:
+    train = open_shards(shards, "train")
+    samples = samples_of(train, 64, seed=6, max_predictions=10, whole_word_masking=True)
+    batch = samples.batch(range(500))
+    goes_on = train.is_continuation_V
+    assert 50 < goes_on.sum() < 500
+    num_pieces = 0
+    for row in range(500):
+        used = batch["mlm_labels"][row] != IGNORED_LABEL
+        assert int(used.sum()) <= min(10, max(1, round(int(batch["attention_mask"][row].sum()) * 0.15)))
+        original = batch["input_ids"][row].clone()
+        original[batch["mlm_positions"][row][used]] = batch["mlm_labels"][row][used]
+        chosen = set(batch["mlm_positions"][row][used].tolist())
+        for position, token in enumerate(original.tolist()):
+            if goes_on[token] and original[position - 1] not in (train.special_ids.cls, train.special_ids.sep):
+                assert (position in chosen) == (position - 1 in chosen), "all of a word or nothing"
+                num_pieces += position in chosen
+    assert num_pieces > 300
+    alone = [rows(samples.batch([position]))[0] for position in (0, 7, 300)]
+    assert alone == [rows(batch)[position] for position in (0, 7, 300)]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mslt.config import load_recipe, parse_recipe
-from mslt.plan import HEAD_SLOTS, Plan, all_slots
+from mslt.cost import stage_cost
+from mslt.plan import HEAD_SLOTS, NEXT_SENTENCE_SLOTS, Plan, all_slots
 from mslt.schedule import full, lr_at, make_plan, mslt
 
 HEADS = ["pooler", "mlm_head", "nsp_head"]
@@ -152,3 +153,16 @@ def test_what_is_the_same_for_all_stages_comes_from_the_recipe(tiny_recipe: dict
     assert plan.shards_sha256 == "f" * 64
     assert plan.engine == {"zero_optimization": {"stage": 0}}
     assert plan.clip_norm == 1.0
+
+
+def test_without_next_sentences_no_stage_trains_their_slots(tiny_recipe: dict[str, Any]) -> None:
+    with_pairs = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    tiny_recipe["data"]["next_sentence_prediction"] = False
+    alone = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    for before, after in zip(with_pairs.stages, alone.stages, strict=True):
+        assert [slot for slot in before.trainable if slot not in NEXT_SENTENCE_SLOTS] == list(after.trainable)
+        assert set(before.trainable) - set(after.trainable) == {"pooler", "nsp_head"}
+        assert stage_cost(alone.model, after).trainable_parameters == (
+            stage_cost(alone.model, before).trainable_parameters - (32 * 32 + 32) - (2 * 32 + 2)
+        )
+    assert alone.digest() != with_pairs.digest()
