@@ -66,6 +66,11 @@ def make_manifest(
         ),
         tokenizer=TokenizerEntry(
             sha256=sha256_file(tokenizer_file),
+            others={
+                path.name: sha256_file(path)
+                for path in sorted(tokenizer_file.parent.iterdir())
+                if path.name != TOKENIZER_FILE
+            },
             vocab_size=tokenizer.get_vocab_size(),
             lowercase=tokenizer.normalizer.lowercase,
         ),

@@ -16,7 +16,6 @@ from data_prep.documents import Document, Part, find_files, list_files
 from data_prep.recipe import FileSource
 from data_prep.text import BLANK_LINES, LINE_END, make_document, one_a_line, open_file
 
-HEADER, FOOTER = "header", "footer"
 # More than any book (the whole Bible has 4.4 MB): a larger file is not read into memory.
 MAX_BOOK_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
@@ -35,7 +34,7 @@ UTF8_CHARACTER = re.compile(rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}"
 HEADER_ENDS = (
     re.compile(r"^\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG[^*]*\*\*\*.*$", re.I | re.M),
     re.compile(r"^\*END\*? ?THE SMALL PRINT!.*$", re.I | re.M),
-    re.compile(r"^\*+ *SMALL PRINT! FOR .*\*+$", re.I | re.M),
+    re.compile(r"^\*+ *SMALL PRINT! FOR .*\*$", re.I | re.M),
 )
 FOOTER_STARTS = (
     re.compile(r"^\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG", re.I | re.M),
@@ -49,8 +48,12 @@ CREDITS = re.compile(
 )
 # Paragraphs after the header that may hold the credits.
 CREDITS_WITHIN = 3
+# Characters in brackets that may be a note. Without an end to it, text that opens brackets again and again and closes
+# none takes time by the square of its length: 0.8 MB more than 15 s.
+MAX_NOTE = 2000
 NOT_PROSE = re.compile(
-    r"\[(Illustration|Picture)\b[^\]]*\]|\[\s*Transcriber['’]s Notes?\b[^\]]*\]|<<THIS ELECTRONIC VERSION[^>]*>>"
+    rf"\[(Illustration|Picture)\b[^\]]{{0,{MAX_NOTE}}}\]|\[\s*Transcriber['’]s Notes?\b[^\]]{{0,{MAX_NOTE}}}\]"
+    rf"|<<THIS ELECTRONIC VERSION[^>]{{0,{MAX_NOTE}}}>>"
     r"|\[(Pg|Page|p\.)? ?\d+\]|\[page [ivxlc]+\.?\]|\{(Pg |Page |p\. ?)?\d+\}",
     re.I,
 )
@@ -85,6 +88,7 @@ ROMAN = re.compile(r"C{0,3}(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 ROMAN_VALUES = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
 # Numerals may skip a few, as where one is misspelt.
 NUMERALS_SKIPPED = 3
+PAGE_CHARACTERS = 200
 PAGE_ENDS = "0123456789ivxlc."
 WIDE_GAP_PAGE = re.compile(r"\S(?: {3,}|[ .]{4,})(?:[ivxlc]+|\d+)\.?$")
 OPENS_TITLE = "\"“‘'_(["
@@ -102,28 +106,27 @@ def list_parts(source: FileSource) -> list[Part]:
 
 
 def read_part(source: FileSource, part: Part) -> Iterator[Document]:
-    """The pieces of a book, in order: their bytes are the file's, once unpacked. `#header` and `#footer` are dropped
-    as "licence"; `#front` is what comes before the first chapter; a book in which none is found is one document."""
+    """The pieces of a book, in order: their bytes are the file's, once unpacked. Header and footer are dropped as
+    "licence"; what comes before the first chapter is a document too; a book in which none is found is one document."""
     assert part.path is not None
     raw, num_bytes = read_book(part.path)
     decoded = decode_book(raw)
     if not raw or decoded is None:
-        yield make_dropped(part.name, num_bytes)
+        yield make_dropped(num_bytes)
         return
     text, encoding = decoded
     lines = list(io.StringIO(text, newline=""))
     for piece in cut_book(lines):
-        key = f"{part.name}#{piece.name}" if piece.name else part.name
         num_bytes = len("".join(lines[piece.start : piece.end]).encode(encoding))
-        if piece.name in (HEADER, FOOTER):
-            yield Document(key, "", num_bytes, "licence")
+        if piece.text is None:
+            yield Document("", num_bytes, "licence")
         else:
-            yield make_document(key, piece.text, num_bytes, LINE_END)
+            yield make_document(piece.text, num_bytes, LINE_END)
 
 
-def make_dropped(key: str, num_bytes: int) -> Document:
+def make_dropped(num_bytes: int) -> Document:
     rule = "oversized" if num_bytes > MAX_BOOK_BYTES else "damaged" if num_bytes else "empty"
-    return Document(key, "", num_bytes, rule)
+    return Document("", num_bytes, rule)
 
 
 def read_book(path: Path) -> tuple[bytes, int]:
@@ -170,12 +173,11 @@ class Block(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Lines [start, end) of a book, and their text, a paragraph a line."""
+    """Lines [start, end) of a book, and their text, a paragraph a line; None of the licence."""
 
-    name: str
     start: int
     end: int
-    text: str
+    text: str | None
 
 
 def cut_book(lines: list[str]) -> Iterator[Piece]:
@@ -185,18 +187,16 @@ def cut_book(lines: list[str]) -> Iterator[Piece]:
     blocks = find_blocks(lines, start, end)
     headings, chapters = find_chapters(blocks)
     if start:
-        yield Piece(HEADER, 0, start, "")
-    starts = [(f"chapter {number}", index) for number, index in enumerate(chapters, 1)]
-    if chapters[:1] != [0]:
-        starts.insert(0, ("front" if chapters else "", 0))
-    for (name, first), last in zip(starts, [*(index for _, index in starts[1:]), len(blocks)], strict=True):
+        yield Piece(0, start, None)
+    starts = chapters if chapters[:1] == [0] else [0, *chapters]
+    for first, last in pairwise([*starts, len(blocks)]):
         first_line = blocks[first].first if first else start
         last_line = blocks[last].first if last < len(blocks) else end
         inside = ["\n".join(blocks[index].lines[headings.get(index, 0) :]) for index in range(first, last)]
         if first_line < last_line:
-            yield Piece(name, first_line, last_line, clean_text(inside, first == 0))
+            yield Piece(first_line, last_line, clean_text(inside, first == 0))
     if end < len(lines):
-        yield Piece(FOOTER, end, len(lines), "")
+        yield Piece(end, len(lines), None)
 
 
 def body_lines(lines: list[str]) -> tuple[int, int]:
@@ -301,7 +301,8 @@ def is_prose(block: Block) -> bool:
 
 def bare_title(line: str) -> str:
     """Its letters alone, without a chapter's number before and a page's after it; empty if there are too few."""
-    title = ENTRY_NUMBER.sub("", PAGE_AT_END.sub("", line))
+    page = find_page(PAGE_AT_END, line)
+    title = ENTRY_NUMBER.sub("", line[: page.start()] if page else line)
     letters = "".join(filter(str.isalpha, title)).casefold()
     return letters if len(letters) > 3 and (line[0].isalnum() or line.isupper()) and line[0] != "[" else ""
 
@@ -369,7 +370,12 @@ def text_size(block: Block) -> int:
 def is_listing(lines: list[str]) -> bool:
     """Lines of a table of contents or an index: most end in a page's number."""
     pattern = PAGE_AT_END if len(lines) > 1 else WIDE_GAP_PAGE
-    return 2 * sum(1 for line in lines if line and line[-1] in PAGE_ENDS and pattern.search(line)) > len(lines)
+    return 2 * sum(1 for line in lines if line and line[-1] in PAGE_ENDS and find_page(pattern, line)) > len(lines)
+
+
+def find_page(pattern: re.Pattern[str], line: str) -> re.Match[str] | None:
+    """Looks at the line's last characters only: from each space of a wide gap the pattern reads all of the gap."""
+    return pattern.search(line, max(0, len(line) - PAGE_CHARACTERS))
 
 
 def clean_text(blocks: list[str], opens_book: bool) -> str:

@@ -53,12 +53,11 @@ def clean_documents(piece: Piece, dropped: dict[str, Amount]) -> Iterator[tuple[
 
 
 def normalise(text: str) -> str:
-    """Unicode's canonical composition (NFC), and nothing in it that is neither text nor white space."""
-    text = unicodedata.normalize("NFC", text)
+    """Nothing in it that is neither text nor white space, and of that Unicode's canonical composition (NFC)."""
     if text.isascii() and text.isprintable():
         return text
     bad = {c for c in set(text) if unicodedata.category(c) in NOT_TEXT and not c.isspace() and c not in JOINERS}
-    return text.translate(dict.fromkeys(map(ord, bad))) if bad else text
+    return unicodedata.normalize("NFC", text.translate(dict.fromkeys(map(ord, bad))) if bad else text)
 
 
 def batches(documents: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
@@ -96,16 +95,18 @@ def count_documents(paths: list[Path]) -> list[int]:
     return [pq.read_metadata(path).num_rows for path in paths]
 
 
-def read_column(paths: list[Path], name: str, dtype: str) -> np.ndarray:
-    """A column of fixed width of all files as one array, [documents, width]."""
+def read_column(paths: list[Path], name: str, dtype: str, wanted: np.ndarray | None = None) -> np.ndarray:
+    """A column of fixed width of all files as one array, [documents, width]; of the `wanted` documents (bool) alone."""
     width = SCHEMA.field(name).type.bit_width // 8 // np.dtype(dtype).itemsize
-    out = np.empty((sum(count_documents(paths)), width), dtype)
-    start = 0
+    wanted = np.ones(sum(count_documents(paths)), bool) if wanted is None else wanted
+    out = np.empty((int(wanted.sum()), width), dtype)
+    start = filled = 0
     for path in paths:
         for chunk in pq.read_table(path, columns=[name])[name].chunks:
-            values = np.frombuffer(chunk.buffers()[1], dtype).reshape(-1, width)
-            out[start : start + len(chunk)] = values[chunk.offset : chunk.offset + len(chunk)]
-            start += len(chunk)
+            values = np.frombuffer(chunk.buffers()[1], dtype).reshape(-1, width)[chunk.offset :][: len(chunk)]
+            values = values[wanted[start : start + len(chunk)]]
+            out[filled : filled + len(values)] = values
+            start, filled = start + len(chunk), filled + len(values)
     return out
 
 

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from data_prep.assemble import describe, make_manifest
 from data_prep.cleaning import clean_piece, count_documents, read_column, read_dropped, text_bytes
 from data_prep.duplicates import EXACT, KEPT, NEAR, check_index_fits, exact_duplicates, near_duplicates
 from data_prep.parallel import Progress, Task, run_tasks
-from data_prep.recipe import DataRecipe, Vocabulary
+from data_prep.recipe import DataRecipe, FileSource, Vocabulary
 from data_prep.sources import PIECE_BYTES, Piece, list_pieces
 from data_prep.tokenizing import choose_split, tokenize_piece, zip_rules
-from data_prep.vocabulary import read_pretrained, read_vocabulary, save_tokenizer, train_vocabulary
+from data_prep.vocabulary import build_tokenizer, read_pretrained, read_vocabulary, save_tokenizer, train_vocabulary
 from mslt.data.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, read_manifest, write_manifest
 from mslt.errors import MsltError
 from mslt.files import canonical_json, fsync_folder, sha256_text, whole_file, whole_folder
@@ -42,23 +43,26 @@ def prepare(
     """
     out = out.expanduser().resolve()
     progress = progress or (lambda stage, done, total: None)
+    check_outside(out, recipe)
     pieces = list_pieces(recipe.sources, piece_bytes)
-    tokens = existing_vocabulary(recipe.vocabulary)
-    recipe_sha256 = hash_recipe(recipe, pieces, tokens)
+    tokenizer = existing_tokenizer(recipe.vocabulary)
+    recipe_sha256 = hash_recipe(recipe, pieces, tokenizer)
     work = out.with_name(f"{out.name}.work")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        manifest = check_existing(out, recipe_sha256)
-        shutil.rmtree(work, ignore_errors=True)  # left by a run killed between its last two steps
+    if not work.exists() and (manifest := existing_shards(out, recipe_sha256)):
         return manifest, False
     with locked(work):
+        if manifest := existing_shards(out, recipe_sha256):
+            shutil.rmtree(work)  # left by a run killed between its last two steps
+            return manifest, False
         documents = clean_all(work / "documents", pieces, recipe.duplicates.near, num_workers, progress)
-        build = work / recipe_sha256[:16]
+        # Beside the recipe, what the files were when they were read: one that has changed since makes another build.
+        build = work / sha256_text(canonical_json([recipe_sha256, [path.name for path in documents]]))[:16]
         build.mkdir(exist_ok=True)
         duplicates = find_duplicates(build / "duplicates.npy", documents, recipe, progress)
         if not (duplicates == KEPT).any():
             raise MsltError(f"sources: hold no text ({describe(list(map(read_dropped, documents)))}); add text")
         shards = build / "shards"
-        make_tokenizer(shards / TOKENIZER_FOLDER, tokens, recipe, documents, duplicates, progress)
+        make_tokenizer(shards / TOKENIZER_FOLDER, tokenizer, recipe, documents, duplicates, progress)
         markers = tokenize_all(shards, build, pieces, documents, duplicates, recipe, num_workers, progress)
         progress("writing the manifest", 0, 0)
         manifest = make_manifest(recipe, recipe_sha256, pieces, documents, shards, markers)
@@ -71,28 +75,41 @@ def prepare(
     return manifest, True
 
 
-def existing_vocabulary(vocabulary: Vocabulary) -> tuple[list[str], bool] | None:
-    """(tokens, whether it is uncased) of the vocabulary a recipe names; None where one is to be trained."""
+def check_outside(out: Path, recipe: DataRecipe) -> None:
+    """MsltError where `out` lies inside of a source, which would then be read as text of it."""
+    for index, source in enumerate(recipe.sources):
+        place = source.path if isinstance(source, FileSource) else source.dataset
+        if place is not None:
+            root = Path(place).expanduser().resolve()
+            if out.is_relative_to(root):
+                raise MsltError(f"{out}: lies inside of sources.{index}, {root}; name a folder outside of it")
+
+
+def existing_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
+    """The tokenizer of the vocabulary a recipe names; None where one is to be trained."""
     if vocabulary.file is not None:
-        return read_vocabulary(Path(vocabulary.file).expanduser()), vocabulary.lowercase
+        return build_tokenizer(read_vocabulary(Path(vocabulary.file).expanduser()), vocabulary.lowercase)
     if vocabulary.pretrained is not None:
         return read_pretrained(vocabulary.pretrained)
     return None
 
 
-def hash_recipe(recipe: DataRecipe, pieces: list[Piece], tokens: tuple[list[str], bool] | None) -> str:
-    """What decides the shards: the recipe, the names and sizes of all files, an existing vocabulary's tokens. Where
-    sources and vocabulary lie does not count, nor what memory was allowed."""
+def hash_recipe(recipe: DataRecipe, pieces: list[Piece], tokenizer: Tokenizer | None) -> str:
+    """What decides the shards: the recipe, the names and sizes of all files, an existing tokenizer. Where sources and
+    vocabulary lie does not count, nor what memory was allowed."""
     values = recipe.model_dump(mode="json", exclude={"duplicates": {"max_index_gb"}})
     for source in values["sources"]:
         source.pop("path", None)
-    if tokens is not None:
-        values["vocabulary"] = tokens
+    if tokenizer is not None:
+        values["vocabulary"] = tokenizer.to_str()
     files = [[piece.source_index, [[part.name, *part[2:]] for part in piece.parts]] for piece in pieces]
     return sha256_text(canonical_json([FORMAT_VERSION, values, files]))
 
 
-def check_existing(out: Path, recipe_sha256: str) -> Manifest:
+def existing_shards(out: Path, recipe_sha256: str) -> Manifest | None:
+    """The manifest of shards made from this recipe; None where there is nothing, MsltError where something else is."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
     if not (out / MANIFEST_FILE).is_file():
         raise MsltError(f"{out}: exists and is no shard folder; name a new folder for the shards")
     manifest = read_manifest(out)
@@ -106,8 +123,12 @@ def check_existing(out: Path, recipe_sha256: str) -> Manifest:
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
+    """The folder for what is half done, held for this process; the system lets go when it ends, however it ends."""
+    lock = work / ".lock"
+    if work.exists() and not lock.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise MsltError(f"{work}: is in the way: the shards are prepared there; move it, or name another folder")
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / ".lock", "w") as file:
+    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -118,7 +139,10 @@ def locked(work: Path) -> Iterator[None]:
 def clean_all(folder: Path, pieces: list[Piece], near: bool, num_workers: int, progress: Progress) -> list[Path]:
     """One file of clean documents for each piece."""
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{piece.key}{'-sketched' if near else ''}.parquet" for piece in pieces]
+    paths = []
+    for piece in pieces:
+        plain, sketched = folder / f"{piece.key}.parquet", folder / f"{piece.key}-sketched.parquet"
+        paths.append(sketched if near or sketched.exists() else plain)
     tasks = [
         Task((piece, path, near), piece.size_bytes, path.exists()) for piece, path in zip(pieces, paths, strict=True)
     ]
@@ -137,9 +161,9 @@ def find_duplicates(path: Path, documents: list[Path], recipe: DataRecipe, progr
         if wanted.exact:
             rules[exact_duplicates(read_column(documents, "hash", "uint64")[:, 0])] = EXACT
         if wanted.near:
-            left = np.flatnonzero(rules == 0)
-            bands = read_column(documents, "bands", "uint64")[left]
-            signatures = read_column(documents, "signature", "uint8")[left]
+            left = np.flatnonzero(rules == KEPT)
+            bands = read_column(documents, "bands", "uint64", rules == KEPT)
+            signatures = read_column(documents, "signature", "uint8", rules == KEPT)
             rules[left[near_duplicates(bands, signatures, wanted.threshold)]] = NEAR
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, rules)
@@ -152,7 +176,7 @@ def split_by_file(documents: list[Path], rules: np.ndarray) -> list[np.ndarray]:
 
 def make_tokenizer(
     folder: Path,
-    tokens: tuple[list[str], bool] | None,
+    tokenizer: Tokenizer | None,
     recipe: DataRecipe,
     documents: list[Path],
     duplicates: np.ndarray,
@@ -161,15 +185,15 @@ def make_tokenizer(
     if folder.exists():
         return
     wanted = recipe.vocabulary
-    if tokens is None:
+    if tokenizer is None:
         progress("training the vocabulary", 0, 0)
         rules = split_by_file(documents, duplicates)
-        trained = train_vocabulary(
+        tokens = train_vocabulary(
             lambda: train_texts(documents, rules, recipe), wanted.size, wanted.lowercase, wanted.min_frequency
         )
-        tokens = trained, wanted.lowercase
+        tokenizer = build_tokenizer(tokens, wanted.lowercase)
     with whole_folder(folder) as temporary:
-        save_tokenizer(temporary, *tokens)
+        save_tokenizer(temporary, tokenizer)
 
 
 def train_texts(documents: list[Path], rules: list[np.ndarray], recipe: DataRecipe) -> Iterator[str]:

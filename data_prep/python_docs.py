@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.documents import Document, Part, list_files
+from data_prep.documents import Document, Part, list_files, walk_files
 from data_prep.recipe import FileSource
 from data_prep.text import LINE_END, make_document, one_a_line
 from mslt.errors import MsltError
@@ -19,7 +19,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 TOPICS = "pydoc_data/topics.py"
 UNDERLINE = re.compile(r"^\s*([=\-~^*\"'`#+_.])\1{2,}\s*$")
 CODE_LINE = re.compile(r"^\s*(>>>|\.\.\. |\.\.\.$|\.\. |\$ |[|+]--|Traceback \()|::=|^\s*(from \S+ )?import \S+$")
-LITERAL = re.compile(r"``?([^`]+)``?|:[a-z:]+:`~?([^`]+)`")
+LITERAL = re.compile(r"``?([^`]+)``?|:[a-z:]{1,50}:`~?([^`]+)`")
 BULLET = re.compile(r"^\s*([*\-+]|\d+[.)])\s+")
 CODE_CHARACTERS = re.compile(r"[=(){}\[\]<>_@|\\/:;+*#%$&~^\d]")
 # Share of code characters at which a paragraph is taken for code, a table or a signature, and words below which
@@ -33,10 +33,13 @@ def list_parts(source: FileSource) -> list[Part]:
     root = Path(source.path).expanduser() if source.path else Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise MsltError(f"{root}: no such folder; leave `path` out to read this Python's own library")
-    files = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)]
+    files = [
+        path
+        for path in walk_files(root)
+        if path.suffix == ".py" and not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+    ]
     if not files:
         raise MsltError(f"{root}: no .py file; leave `path` out to read this Python's own library")
-    files.sort(key=lambda path: path.relative_to(root).as_posix())
     return list_files(root, files[: source.max_files])
 
 
@@ -44,15 +47,15 @@ def read_part(source: FileSource, part: Part) -> Iterator[Document]:
     """One document for each topic of the language reference, and one for the docstrings of each source file."""
     assert part.path is not None
     if part.path.as_posix().endswith(TOPICS):
-        for name, text in sorted(read_topics(part.path).items()):
-            yield clean_document(f"{part.name}#{name}", [text])
+        for _, text in sorted(read_topics(part.path).items()):
+            yield clean_document([text])
     else:
-        yield clean_document(part.name, list(docstrings(part.path)))
+        yield clean_document(list(docstrings(part.path)))
 
 
-def clean_document(key: str, texts: list[str]) -> Document:
+def clean_document(texts: list[str]) -> Document:
     num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return make_document(key, "\n".join(map(clean_docstring, texts)), num_bytes, LINE_END)
+    return make_document("\n".join(map(clean_docstring, texts)), num_bytes, LINE_END)
 
 
 def read_topics(path: Path) -> dict[str, str]:

@@ -22,13 +22,21 @@ class FileSource(Frozen):
             raise ValueError(f"a source of kind {self.kind} needs a path")
         return self
 
+    @model_validator(mode="after")
+    def column_only_of_rows(self) -> "FileSource":
+        if "column" in self.model_fields_set and self.kind not in ("json", "parquet"):
+            raise ValueError(f"column is for json and parquet; leave it out with {self.kind}")
+        return self
+
 
 class HubSource(Frozen):
-    """A split of a dataset on the Hugging Face hub, or in a local folder that `datasets` reads; streamed."""
+    """A split of a dataset on the Hugging Face hub, or in a local folder that `datasets` reads; streamed.
+    `revision`: the hub's commit, tag or branch; left out, the newest commit."""
 
     kind: Literal["hub"]
     dataset: str
     config: str | None = None
+    revision: str | None = None
     split: str = "train"
     column: str = "text"
     max_documents: int | None = Field(default=None, ge=1)
@@ -53,7 +61,7 @@ class Vocabulary(Frozen):
 
     file: str | None = None
     pretrained: str | None = None
-    size: int = Field(default=30522, ge=256)
+    size: int = Field(default=30522, ge=256, le=2**20)
     lowercase: bool = True
     min_frequency: int = Field(default=2, ge=1)
     train_gb: float = Field(default=1.0, gt=0)
@@ -82,4 +90,7 @@ class DataRecipe(Frozen):
     def some_text(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
         if not sources:
             raise ValueError("name at least one source of text")
+        for index, source in enumerate(sources):
+            if source in sources[:index]:
+                raise ValueError(f"source {index} is source {sources.index(source)} again; leave one of them out")
         return sources

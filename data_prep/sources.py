@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import mslt
 from data_prep.documents import Document, Part
 from data_prep.recipe import FileSource, HubSource, Source
 from mslt.files import canonical_json, sha256_text
@@ -40,9 +41,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Names what reading it gives: another file, size or time of change makes another key."""
-        files = [[str(part.path), part.path.stat().st_mtime_ns if part.path else 0, *part[2:]] for part in self.parts]
-        return sha256_text(canonical_json([self.source.model_dump(mode="json"), files]))[:20]
+        """Names what reading it gives: another file, size, time of change or version of mslt makes another key."""
+        files = [
+            [part.name, str(part.path), part.path.stat().st_mtime_ns if part.path else 0, *part[2:]]
+            for part in self.parts
+        ]
+        return sha256_text(canonical_json([mslt.__version__, self.source.model_dump(mode="json"), files]))[:20]
 
 
 def reader(source: Source) -> Any:

@@ -3,14 +3,15 @@
 In all of data_prep a document's text is its paragraphs, one a line: `one_a_line` makes it so.
 """
 
+import bz2
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from data_prep.documents import MAX_DOCUMENT_BYTES, PART_BYTES, Document, Part, find_files, list_files
 from data_prep.recipe import FileSource
@@ -21,6 +22,7 @@ LONG_BYTES = 2**13
 CHUNK_BYTES = 2**16
 BLANK_LINES = re.compile(r"\n\s*\n")
 LINE_END = re.compile("\n")
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -31,16 +33,14 @@ def list_parts(source: FileSource) -> list[Part]:
 
 
 def read_part(source: FileSource, part: Part) -> Iterator[Document]:
-    """A file of LONG_BYTES or less is one document. Of a longer one, document `part 3` is the paragraphs that start in
+    """A file of LONG_BYTES or less is one document. Of a longer one, the third document is the paragraphs that start in
     its third LONG_BYTES: held-out text and random sentence pairs need documents to choose from, also where all text is
     in a few files. A document that is not UTF-8, or holds a NUL, is damaged."""
     assert part.path is not None
-    is_long = part.path.stat().st_size > LONG_BYTES
     with open_file(part.path) as file:
         for span in read_spans(file, part.start, part.end):
-            key = f"{part.name}#part {span.start // LONG_BYTES + 1}" if is_long else part.name
             text = None if span.raw is None else decode(span.raw)
-            yield make_document(key, text, span.num_bytes, BLANK_LINES)
+            yield make_document(text, span.num_bytes, BLANK_LINES)
 
 
 @dataclass(slots=True)
@@ -147,20 +147,21 @@ def cut_file(path: Path) -> list[tuple[int, int]]:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open to read, unpacked where the name ends in .gz; MsltError if it cannot be read or unpacked."""
+    """Open to read, unpacked where the name ends in .gz or .bz2; MsltError if it cannot be read or unpacked."""
+    unpack = PACKED.get(path.suffix.lower(), open)
     try:
-        with gzip.open(path) if is_packed(path) else open(path, "rb") as file:
+        with unpack(path, "rb") as file:
             yield cast(BinaryIO, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MsltError(
-            f"{path}: damaged or cut short ({error}); fetch it again, or take it out of the source"
-        ) from None
-    except OSError as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if not isinstance(error, OSError) or error.errno is None:  # gzip and bz2 say so of damage
+            raise MsltError(
+                f"{path}: damaged or cut short ({error}); fetch it again, or take it out of the source"
+            ) from None
         raise MsltError(f"{path}: cannot be read ({error.strerror or error}); mend it, or take it out") from error
 
 
 def is_packed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+    return path.suffix.lower() in PACKED
 
 
 def decode(raw: bytes | bytearray) -> str | None:
@@ -172,15 +173,15 @@ def decode(raw: bytes | bytearray) -> str | None:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def make_document(key: str, text: str | None, num_bytes: int, between: re.Pattern[str]) -> Document:
+def make_document(text: str | None, num_bytes: int, between: re.Pattern[str]) -> Document:
     """The document, its paragraphs parted at `between`; dropped if it is oversized, if its text is None or holds a NUL
     or half a surrogate pair (damaged), or if no text is left (empty)."""
     if num_bytes > MAX_DOCUMENT_BYTES:
-        return Document(key, "", num_bytes, "oversized")
+        return Document("", num_bytes, "oversized")
     if text is None or NO_TEXT.search(text):
-        return Document(key, "", num_bytes, "damaged")
+        return Document("", num_bytes, "damaged")
     joined = one_a_line(between.split(text))
-    return Document(key, joined, num_bytes, "" if joined else "empty")
+    return Document(joined, num_bytes, "" if joined else "empty")
 
 
 def one_a_line(paragraphs: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mslt.data.manifest import TOKENIZER_FILE, read_manifest
+from mslt.data.manifest import TOKENIZER_FILE, TOKENIZER_FOLDER, read_manifest
 from mslt.data.shards import map_checked_shard, open_shards, token_dtype
 from mslt.errors import MsltError
 from mslt.files import sha256_file
@@ -25,6 +25,10 @@ def verify(folder: Path, progress: Callable[[str, int, int], None] | None = None
     remedy = "restore the file, or remove the folder and prepare the shards anew"
     total_bytes, done_bytes = sum(shard.bytes for shard in shards), 0
     vocab_size = manifest.tokenizer.vocab_size
+    for name, sha256 in manifest.tokenizer.others.items():
+        path = folder / TOKENIZER_FOLDER / name
+        if not path.is_file() or sha256_file(path) != sha256:
+            raise MsltError(f"{path}: missing or changed since the shards were made; {remedy}")
     for entry in shards:
         path = folder / entry.file
         found = sha256_file(path)

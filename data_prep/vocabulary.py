@@ -96,9 +96,9 @@ def read_vocabulary(path: Path) -> list[str]:
     return tokens
 
 
-def read_pretrained(name: str) -> tuple[list[str], bool]:
-    """(tokens in the order of their ids, whether it is uncased) of a BERT tokenizer on the Hugging Face hub or in a
-    folder; MsltError if there is none, or it is no WordPiece tokenizer with BERT's specials."""
+def read_pretrained(name: str) -> Tokenizer:
+    """A BERT tokenizer on the Hugging Face hub or in a folder, as it is; MsltError if there is none, or it is no
+    WordPiece tokenizer with BERT's specials."""
     file = Path(name).expanduser() / TOKENIZER_FILE
     try:
         loaded = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(name)
@@ -118,7 +118,9 @@ def read_pretrained(name: str) -> tuple[list[str], bool]:
     if ids[tokens[-1]] != len(tokens) - 1:
         raise MsltError(f"vocabulary.pretrained: the ids of {name} have gaps; train a vocabulary")
     special_ids(loaded, name)
-    return tokens, lowercase
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
 
 
 def build_tokenizer(tokens: list[str], lowercase: bool) -> Tokenizer:
@@ -138,20 +140,21 @@ def build_tokenizer(tokens: list[str], lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(folder: Path, tokens: list[str], lowercase: bool) -> None:
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Write a folder that `AutoTokenizer.from_pretrained` loads."""
     folder.mkdir(parents=True, exist_ok=True)
+    ids, normalizer = tokenizer.get_vocab(), tokenizer.normalizer
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIALS}
-    write_text(folder / TOKENIZER_FILE, build_tokenizer(tokens, lowercase).to_str(pretty=True))
-    write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens))
+    write_text(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True))
+    write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in sorted(ids, key=ids.__getitem__)))
     write_json(folder / "special_tokens_map.json", names)
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "BertTokenizer",
-            "do_lower_case": lowercase,
-            "strip_accents": None,
-            "tokenize_chinese_chars": True,
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
             **names,
         },
     )

@@ -5,24 +5,21 @@ The first only look like XML, so they are read by line. Pages that hold no more 
 a real extract); they come back as "empty", to be counted.
 """
 
-import bz2
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
-from data_prep.documents import MAX_DOCUMENT_BYTES, Document, Part
+from data_prep.documents import Document, Part
 from data_prep.recipe import FileSource
-from data_prep.text import one_a_line
+from data_prep.rows import parse_json
+from data_prep.text import LINE_END, Span, decode, make_document, one_a_line, open_file, read_lines
 from data_prep.wikitext import decode_entities, is_link_section, strip, tidy
 from mslt.errors import MsltError
 
 BOM = b"\xef\xbb\xbf"
-WHITE_SPACE = b" \t\r\n"
-BEGINNING_BYTES = 256  # enough to know a line that is too long
-START = re.compile(rb'<doc id="([^"]*)"')
+START = b'<doc id="'
+END = b"</doc>"
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|\b(formula|codice)_\d+\b")  # it writes formula_1 for <math>, codice_1 for <code>
 WIKITEXT = re.compile(r"\[\[|\]\]|\{\{|\}\}")
 # Lines of tables, image captions and templates that were cut in the middle.
@@ -30,94 +27,60 @@ REMAINS = re.compile(r"^[!|]|\b(colspan|rowspan|style|bgcolor)\s*=|\|\s*\w+\s*=|
 HEADING_WORDS = 5
 
 
-class Line(NamedTuple):
-    """A line with its end; of one longer than MAX_DOCUMENT_BYTES, `raw` is the beginning only."""
-
-    raw: bytes
-    num_bytes: int
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self.raw) == self.num_bytes
-
-
 def read_part(source: FileSource, part: Part) -> Iterator[Document]:
     """The file's pages in order: with their text, or dropped as "empty", "oversized" or "damaged"."""
     assert part.path is not None
-    lines = read_lines(part.path)
-    first = next((line for line in lines if line.raw.strip(BOM + WHITE_SPACE)), None)
-    if first is not None:
-        is_json = first.raw.lstrip(BOM + WHITE_SPACE).startswith(b"{")
-        yield from (read_json if is_json else read_docs)(part, chain([first], lines))
+    with open_file(part.path) as file:
+        lines = read_lines(file, 0)
+        first = next((line for line in lines if line.raw is None or line.raw.removeprefix(BOM).strip()), None)
+        if first is None:
+            yield Document("", 0, "empty")
+        elif first.raw is None or first.raw.removeprefix(BOM).lstrip().startswith(b"{"):
+            yield from map(read_json, chain([first], lines))
+        else:
+            yield from read_docs(part.path, chain([first], lines))
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Never holds more than MAX_DOCUMENT_BYTES of a line. MsltError if a .bz2 is damaged or cut off."""
-    with bz2.open(path, "rb") if path.suffix == ".bz2" else open(path, "rb") as file:
-        try:
-            while (line := read_line(file)).num_bytes:
-                yield line
-        except (EOFError, OSError) as error:
-            if path.suffix != ".bz2":
-                raise
-            raise MsltError(f"{path}: damaged or cut off ({error}); copy or extract it again") from error
-
-
-def read_line(file: BinaryIO | bz2.BZ2File) -> Line:
-    raw = piece = file.readline(MAX_DOCUMENT_BYTES + 1)
-    num_bytes = len(raw)
-    if num_bytes > MAX_DOCUMENT_BYTES:
-        raw = raw[:BEGINNING_BYTES]
-    while num_bytes > MAX_DOCUMENT_BYTES and piece and not piece.endswith(b"\n"):
-        piece = file.readline(MAX_DOCUMENT_BYTES)
-        num_bytes += len(piece)
-    return Line(raw, num_bytes)
-
-
-# <doc> … </doc>
-
-
-def read_docs(part: Part, lines: Iterator[Line]) -> Iterator[Document]:
-    key: str | None = None
-    held: list[bytes] = []
-    num_bytes = 0
+def read_docs(path: Path, lines: Iterable[Span]) -> Iterator[Document]:
+    """The pages of `<doc>` … `</doc>`. One without its end, for the next begins or the file ends, is damaged."""
+    page: Span | None = None
     for line in lines:
-        start = START.match(line.raw.removeprefix(BOM))
-        if key is not None and (start or line.raw.startswith(b"</doc>")):
-            yield make_page(key, held, num_bytes)
-            key = None
-        if start:
-            key, held, num_bytes = f"{part.name}#{start[1].decode(errors='replace')}", [], 0
-        elif key is not None:
-            num_bytes += line.num_bytes
-            if num_bytes <= MAX_DOCUMENT_BYTES:
-                held.append(line.raw)
-            else:
-                held.clear()
-        elif line.raw.strip() and not line.raw.startswith(b"</doc>"):
+        raw = (line.raw or b"").removeprefix(BOM)
+        starts, ends = raw.startswith(START), raw.startswith(END)
+        if page and (starts or ends):
+            text = decode(page.raw) if ends and page.raw is not None else None
+            # The first line is the title.
+            yield make_page(text and text.partition("\n")[2], page.num_bytes)
+            page = None
+        if starts:
+            page = Span(line.start)
+        elif page:
+            page.add(line.raw, line.num_bytes)
+        elif not ends and not line.is_blank:
             raise MsltError(
-                f'{part.path}: text outside of a <doc id="…"> page ({line.raw.strip()[:40]!r}); '
+                f'{path}: text outside of a <doc id="…"> page ({bytes(raw.strip()[:40])!r}); '
                 "read are dumps named ….xml, .xml.bz2 or .xml.gz, and the output of WikiExtractor"
             )
-    if key is not None:
-        yield make_page(key, held, num_bytes)
+    if page:
+        yield make_page(None, page.num_bytes)
 
 
-def make_page(key: str, lines: list[bytes], num_bytes: int) -> Document:
-    if num_bytes > MAX_DOCUMENT_BYTES:
-        return Document(key, "", num_bytes, "oversized")
-    try:
-        text = b"".join(lines).decode()
-    except UnicodeDecodeError:
-        return Document(key, "", num_bytes, "damaged")
-    return make_document(key, text.partition("\n")[2], num_bytes)  # the first line is the title
+def read_json(line: Span) -> Document:
+    """The page in a line {"id": …, "title": …, "text": …}; a blank line is empty, any other damaged."""
+    text = None if line.raw is None else decode(line.raw)
+    if text and text.strip():
+        row = parse_json(text)
+        text = row.get("text") if isinstance(row, dict) else None
+        text = text.removeprefix(f"{row.get('title')}\n") if isinstance(text, str) else None
+    return make_page(text, line.num_bytes)
 
 
-def make_document(key: str, text: str, num_bytes: int) -> Document:
-    if "\0" in text:
-        return Document(key, "", num_bytes, "damaged")
-    cleaned = one_a_line(clean_line(line) for line in text.split("\n"))
-    return Document(key, cleaned, num_bytes, "" if cleaned else "empty")
+def make_page(text: str | None, num_bytes: int) -> Document:
+    page = make_document(text, num_bytes, LINE_END)
+    if page.dropped:
+        return page
+    cleaned = one_a_line(map(clean_line, page.text.split("\n")))
+    return Document(cleaned, num_bytes, "" if cleaned else "empty")
 
 
 def clean_line(line: str) -> str:
@@ -131,31 +94,3 @@ def clean_line(line: str) -> str:
 def is_heading(line: str) -> bool:
     """WikiExtractor writes the heading `== Early life ==` as the line `Early life.`: no sentence, so it goes."""
     return (len(line.split()) <= HEADING_WORDS and line.endswith(".")) or is_link_section(line)
-
-
-# JSON lines
-
-
-def read_json(part: Part, lines: Iterator[Line]) -> Iterator[Document]:
-    for number, line in enumerate(lines, 1):
-        if not line.is_whole:
-            yield Document(f"{part.name}#line {number}", "", line.num_bytes, "oversized")
-        elif line.raw.strip():
-            yield read_object(part.name, number, line.raw)
-
-
-def read_object(name: str, number: int, raw: bytes) -> Document:
-    """`text` of {"id": …, "title": …, "text": …}; its bytes are those of the text, as UTF-8, of a damaged line all."""
-    key = f"{name}#line {number}"
-    try:
-        page = json.loads(raw.removeprefix(BOM))
-        text = page["text"]
-        num_bytes = len(text.encode())  # fails for half a surrogate pair
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Document(key, "", len(raw), "damaged")
-    if page.get("id") is not None:
-        key = f"{name}#{page['id']}"
-    title = page.get("title")
-    if isinstance(title, str):
-        text = text.removeprefix(f"{title}\n")
-    return make_document(key, text, num_bytes)

@@ -4,21 +4,22 @@ A plain dump is read from any byte on. A .bz2 is read from any of its streams on
 every 100 pages: their starts are found by their magic bytes in the file itself, so no index file is needed, and none
 can disagree with the dump. A part owns the pages that start in its share and reads on to finish the last of them, so
 it does not matter where streams are cut: pbzip2's, which end in the middle of a page, read as well. A .bz2 of one
-stream and a .gz have to be read from the start: one part, one core.
+stream and a .gz have to be read from the start: one part, one core. A dump that does not end with `</mediawiki>` was
+cut short, and is an error.
 """
 
 import bz2
-import gzip
 import re
+import sys
 import xml.etree.ElementTree as ET
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_prep import wikiextractor, wikitext
 from data_prep.documents import MAX_DOCUMENT_BYTES, PART_BYTES, Document, Part, find_files, list_files
 from data_prep.recipe import FileSource
+from data_prep.text import open_file
 from mslt.errors import MsltError
 
 # `….xml-p1p41242.bz2` is how Wikimedia names a share of a dump; its index, `…-index.txt.bz2`, fits neither.
@@ -33,9 +34,9 @@ HEAD_BYTES = 2**16
 BZ2_STREAM = re.compile(rb"BZh[1-9]1AY&SY")
 BZ2_STREAM_BYTES = 10
 PACKED_PART_BYTES = PART_BYTES // 4  # .bz2 packs a dump to a quarter and less
-PAGE_TAG = re.compile(rb"</?page>")  # in text, `<` is `&lt;`
-LONGEST_TAG = len(b"</page>")
-PAGE_ID = re.compile(rb"<id>\s*(\d+)\s*</id>")
+ONE_CORE_BYTES = 200 * 10**6  # packed: some 0.8 GB of wikitext, two minutes of a core
+TAG = re.compile(rb"</?page>|<mediawiki\b|</mediawiki>")  # in text, `<` is `&lt;`
+LONGEST_TAG = len(b"</mediawiki>")
 REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
 
 
@@ -47,27 +48,38 @@ def list_parts(source: FileSource) -> list[Part]:
 
 def read_part(source: FileSource, part: Part) -> Iterator[Document]:
     """The pages that start in the part, each of them one document: articles with their text, all others dropped as
-    "other_namespace", "redirect", "empty", "oversized" or "damaged"."""
+    "other_namespace", "redirect", "empty", "oversized" or "damaged". MsltError where the dump is damaged or cut short.
+    """
     assert part.path is not None
     if not DUMP.fullmatch(part.path.name):
         yield from wikiextractor.read_part(source, part)
         return
-    for block in split_pages(read_chunks(part.path, part.start, part.end)):
-        yield read_page(part.name, block)
+    yield from map(read_page, read_blocks(part.path, part.start, part.end))
 
 
 # Parts
 
 
 def cut(path: Path) -> list[tuple[int, int]]:
-    """(start, end) in bytes of the file's parts; MsltError if a file with a dump's name holds none."""
+    """(start, end) in bytes of the file's parts; MsltError if a file with a dump's name holds none, or the last part
+    ends without </mediawiki>."""
     size = path.stat().st_size
     if not DUMP.fullmatch(path.name):
         return [(0, size)]
     check_dump(path)
     if path.suffix == ".gz":
-        return [(0, size)]
-    starts = group(stream_starts(path)) if path.suffix == ".bz2" else [*range(0, size, PART_BYTES)]
+        starts = [0]
+    else:
+        starts = group(stream_starts(path)) if path.suffix == ".bz2" else [*range(0, size, PART_BYTES)]
+    if len(starts) > 1:
+        for _ in read_blocks(path, starts[-1], size):  # so that one that is cut short is refused now, not after hours
+            pass
+    elif size > ONE_CORE_BYTES:
+        print(
+            f"warning: {path}: {size / 1e9:.1f} GB in one stream are read by one core, and from the start after a kill;"
+            " the dump named …-multistream.xml.bz2 is read by all cores",
+            file=sys.stderr,
+        )
     return list(zip(starts, [*starts[1:], size], strict=True))
 
 
@@ -77,7 +89,7 @@ def check_dump(path: Path) -> None:
         head += chunk.data
         if len(head) >= HEAD_BYTES:
             break
-    if b"<mediawiki" not in head and b"<page>" not in head:
+    if b"<mediawiki" not in head:
         raise MsltError(
             f"{path}: not a MediaWiki dump (it begins with {head[:40]!r}); "
             "give a …-pages-articles.xml, .xml.bz2 or .xml.gz, or take it out of the source"
@@ -117,13 +129,12 @@ class Chunk(NamedTuple):
 
 def read_chunks(path: Path, start: int, end: int) -> Iterator[Chunk]:
     """The dump from `start` on, unpacked, up to its end: whoever reads stops when the last page is whole."""
-    with open(path, "rb") as file:
-        if path.suffix == ".bz2":
+    if path.suffix == ".bz2":
+        with open(path, "rb") as file:
             yield from read_bz2(path, file, start, end)
-        elif path.suffix == ".gz":
-            yield from read_gz(path, file)
-        else:
-            yield from read_plain(file, start, end)
+    else:
+        with open_file(path) as file:
+            yield from read_plain(file, start, sys.maxsize if path.suffix == ".gz" else end)
 
 
 def read_plain(file: BinaryIO, start: int, end: int) -> Iterator[Chunk]:
@@ -153,15 +164,6 @@ def read_bz2(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[Chunk
         stream_start = file.tell() - len(packed)
 
 
-def read_gz(path: Path, file: BinaryIO) -> Iterator[Chunk]:
-    with gzip.GzipFile(fileobj=file) as unpacked:
-        try:
-            while data := unpacked.read(CHUNK_BYTES):
-                yield Chunk(True, data)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise damaged(path, f"damaged or cut off near byte {file.tell():,} ({error})") from error
-
-
 def damaged(path: Path, what: str) -> MsltError:
     return MsltError(f"{path}: {what}; download it again and compare its md5 or sha1 with the dump's list")
 
@@ -178,9 +180,18 @@ class Block(NamedTuple):
     problem: str = ""
 
 
-def split_pages(chunks: Iterable[Chunk]) -> Iterator[Block]:
-    """The pages that start in own chunks. Holds no more than one page and one chunk."""
+def read_blocks(path: Path, start: int, end: int) -> Iterator[Block]:
+    """The pages that start in a part. MsltError if it reads to the dump's end, and that is cut short."""
+    is_whole = yield from split_pages(read_chunks(path, start, end))
+    if not is_whole:
+        raise damaged(path, "it is cut short: no </mediawiki> after the last page")
+
+
+def split_pages(chunks: Iterable[Chunk]) -> Generator[Block, None, bool]:
+    """The pages that start in own chunks; returns False where what began there was never ended. Whoever has the last
+    page reads on to </mediawiki>, whichever part that is in. Holds no more than one page and one chunk."""
     page: Block | None = None  # the open one
+    unended = False  # <mediawiki or a page began, and no </mediawiki> came
     rest = b""  # of the chunks so far: what may be the beginning of a tag
     offset = 0  # of `rest`
     own_end: int | None = None  # in the unpacked bytes, as `offset`
@@ -189,7 +200,7 @@ def split_pages(chunks: Iterable[Chunk]) -> Iterator[Block]:
             own_end = offset + len(rest)
         data = rest + data
         position = 0
-        for tag in PAGE_TAG.finditer(data):
+        for tag in TAG.finditer(data):
             if page:
                 closes = tag[0] == b"</page>"
                 page = extend(page, data[position : tag.end() if closes else tag.start()])
@@ -197,18 +208,18 @@ def split_pages(chunks: Iterable[Chunk]) -> Iterator[Block]:
                 page = None
             if tag[0] == b"<page>":
                 if own_end is not None and offset + tag.start() >= own_end:
-                    return
+                    return True
                 page = Block([tag[0]], len(tag[0]))
+            if tag[0] != b"</page>":
+                unended = tag[0] != b"</mediawiki>"
             position = tag.end()
         kept = max(position, len(data) - LONGEST_TAG + 1)
         if page:
             page = extend(page, data[position:kept])
         rest, offset = data[kept:], offset + kept
-        if not page and own_end is not None and offset >= own_end:
-            return
-    if page:
-        page = extend(page, rest)
-        yield page if page.problem else page._replace(problem="damaged")
+        if not unended and own_end is not None and offset >= own_end:
+            return True
+    return not unended
 
 
 def extend(page: Block, data: bytes) -> Block:
@@ -220,23 +231,20 @@ def extend(page: Block, data: bytes) -> Block:
     return Block(page.pieces, num_bytes)
 
 
-def read_page(name: str, block: Block) -> Document:
+def read_page(block: Block) -> Document:
     """The page as a document. Each page is parsed on its own, so that there is no DTD to define entities, and damage
     to one does not reach the next. Of a page with its whole history, the last revision."""
-    raw = b"".join(block.pieces)
-    page_id = PAGE_ID.search(raw)
-    key = f"{name}#{page_id[1].decode() if page_id else 'no id'}"
     if block.problem:
-        return Document(key, "", block.num_bytes, block.problem)
+        return Document("", block.num_bytes, block.problem)
     try:
-        page = ET.fromstring(raw)
+        page = ET.fromstring(b"".join(block.pieces))
     except ET.ParseError:  # so it says for bytes that are no UTF-8, and for NUL
-        return Document(key, "", block.num_bytes, "damaged")
+        return Document("", block.num_bytes, "damaged")
     text = page.findtext("revision[last()]/text") or ""
     num_bytes = len(text.encode())
     if page.findtext("ns", "0").strip() != "0":
-        return Document(key, "", num_bytes, "other_namespace")
+        return Document("", num_bytes, "other_namespace")
     if page.find("redirect") is not None or REDIRECT.match(text):
-        return Document(key, "", num_bytes, "redirect")
+        return Document("", num_bytes, "redirect")
     stripped = wikitext.strip(text)
-    return Document(key, stripped, num_bytes, "" if stripped else "empty")
+    return Document(stripped, num_bytes, "" if stripped else "empty")

@@ -65,11 +65,17 @@ LINK_SECTIONS = names(
 )
 
 INLINE = re.compile(r"''|<|\[|://|\{\{")
-# mwparserfromhell takes quadratic time on tags that are never closed (50,000 × `<b>`: 69 s): a paragraph with more
-# markup than prose has (a paragraph of a real page: up to 60) is read by plain patterns instead.
-MAX_TOKENS = 200
+# mwparserfromhell reads on to the paragraph's end for each bit of markup that is never closed (50,000 × `<b>`: 69 s),
+# up to 0.14 µs for each of them and each character. A paragraph with more markup than prose has (of a real page, up to
+# 58 tokens, and 122,000 tokens × characters) is read by plain patterns instead.
+MAX_TOKENS = 100
+MAX_TOKENS_BY_LENGTH = 250_000
 TOKENS = re.compile(r"''+|<|\[|://|[{}]{2}")
-PLAIN = [(re.compile(r"<[^<>]*>|'{2,}|\S+://\S*|[\[\]{}]{2,}"), ""), (re.compile(r"\[\s*([^\[\]]*)\]"), r"\1")]
+# The length of a URL's scheme is bounded, or a long run without spaces would take quadratic time.
+PLAIN = [
+    (re.compile(r"<[^<>]*>|'{2,}|\b[A-Za-z][A-Za-z0-9+.-]{0,20}://\S*|[\[\]{}]{2,}"), ""),
+    (re.compile(r"\[([^\[\]]*)\]"), r"\1"),
+]
 
 NO_CHARACTER = re.compile(r"&#\d{8,};?")  # html.unescape fails at 4,300 digits
 # What is left of `({{IPA|…}}; {{lang-zh|…}})` once templates are gone.
@@ -388,13 +394,11 @@ def is_link_section(title: str) -> bool:
 def inline(paragraph: str) -> str:
     """The paragraph's text, entities decoded."""
     if INLINE.search(paragraph):
-        if len(TOKENS.findall(paragraph)) > MAX_TOKENS:
+        try:
+            parsed = is_parsed(paragraph)
+            paragraph = "".join(shown(mwparserfromhell.parse(paragraph))) if parsed else strip_plainly(paragraph)
+        except (ParserError, RecursionError):
             paragraph = strip_plainly(paragraph)
-        else:
-            try:
-                paragraph = "".join(shown(mwparserfromhell.parse(paragraph)))
-            except (ParserError, RecursionError):
-                paragraph = strip_plainly(paragraph)
         if "''" in paragraph:
             paragraph = LEFT_QUOTES.sub(r"\1", paragraph)
         if "<" in paragraph:
@@ -402,8 +406,14 @@ def inline(paragraph: str) -> str:
     return decode_entities(paragraph)
 
 
+def is_parsed(paragraph: str) -> bool:
+    """Whether mwparserfromhell reads a paragraph with markup: there is no more of it than prose has."""
+    num_tokens = len(TOKENS.findall(paragraph))
+    return num_tokens <= MAX_TOKENS and num_tokens * len(paragraph) <= MAX_TOKENS_BY_LENGTH
+
+
 def decode_entities(text: str) -> str:
-    return html.unescape(NO_CHARACTER.sub("", text)) if "&" in text else text
+    return html.unescape(NO_CHARACTER.sub("\ufffd", text)) if "&" in text else text
 
 
 def shown(code: Wikicode) -> Iterator[str]:

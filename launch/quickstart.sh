@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.."
 
 if [ -n "$text" ]; then
   out=${out:-runs/quickstart-$(basename "$text")-$(printf %s "$text" | cksum | cut -d ' ' -f 1)}
-  mslt data prepare --text "$text" --vocab-size 4096 "$out/shards"
+  mslt data prepare --text "$text" --vocab-size 4096 --validation-share 0.1 "$out/shards"
 else
   out=${out:-runs/quickstart}
   mslt data prepare data-quickstart "$out/shards"

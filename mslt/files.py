@@ -3,6 +3,7 @@
 What a killed process left under the temporary name is overwritten by the next to write the same file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -50,13 +51,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; at success it is synced and takes the name `path`, at failure it goes."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with full_disk_named(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """An OSError for a full disk or quota, or a file over the system's limit, says which file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        said = f"{os.strerror(error.errno)}; make room and run the same command again"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 @contextmanager

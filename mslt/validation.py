@@ -51,6 +51,8 @@ def _described(error: ValidationError, value: Any) -> Iterator[str]:
             key = context["discriminator"].strip("'")
             found = f"{context['tag']!r} is none of {context['expected_tags']}" if "tag" in context else "missing"
             yield f"{path}.{key}: {found}"
+        elif entry["type"] == "model_type":
+            yield f"{path}: must hold keys and values, not {entry['input']!r}"
         elif entry["type"] == "missing":
             yield f"{path}: missing"
         elif entry["type"] == "value_error":

@@ -34,11 +34,8 @@ class Corpus:
         runs = zip(first_token.tolist(), num_tokens.tolist(), strict=True)
         return [self.all_tokens[first : first + count] for first, count in runs]
 
-    def shared(self, name: str, key: dict[str, Any], make: Any) -> Any:
+    def shared(self, name: str, key: dict[str, Any], make: Any, *_: Any) -> Any:
         return make()
-
-    def unshare(self, name: str, key: dict[str, Any]) -> None:
-        pass
 
     def sentence_of(self, token: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.token_starts, token - FIRST_TOKEN, side="right") - 1

@@ -17,9 +17,11 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from mslt.report.comparison import outcomes
+    from mslt.report.comparison import differences, outcomes
 
     rows = outcomes(runs)
+    for difference in differences(runs):
+        typer.echo(f"not comparable: {difference}", err=True)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:

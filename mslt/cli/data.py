@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Text to token shards, every byte of them checked, and a look inside.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path, typer.Argument(help="The shard folder.")]
-Split = Annotated[str, typer.Option(help="train or validation.")]
-SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens of a sample.")]
-Seed = Annotated[int, typer.Option(min=0, help="The run's seed.")]
-Pairs = Annotated[bool, typer.Option(help="Sentence pairs, or --no-pairs for masked language modelling alone.")]
+Split = Annotated[Literal["train", "validation"], typer.Option()]
+TrainingRecipe = Annotated[
+    str, typer.Option(help="Training recipe whose sequence length, masks and seed are taken: a name or a path.")
+]
 
 
 @app.command("prepare")
@@ -41,40 +41,41 @@ def prepare_command(
         str | None, typer.Option(help="Instead of a recipe: a dataset on the Hugging Face hub, or a folder of one.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="With --hub: the dataset's configuration.")] = None,
-    column: Annotated[str, typer.Option(help="With --hub: the column that holds the text.")] = "text",
+    column: Annotated[str | None, typer.Option(help="With --hub: the column of the text; by default text.")] = None,
     limit: Annotated[int | None, typer.Option(help="With --hub: read this many documents at most.")] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="With --text or --hub: size of the vocabulary to train.")
+        int | None, typer.Option(help="With --text or --hub: size of the vocabulary to train; by default 30,522.")
     ] = None,
     validation_share: Annotated[
-        float, typer.Option(help="With --text or --hub: share of the documents to hold out.")
-    ] = 0.1,
+        float | None, typer.Option(help="With --text or --hub: share of the documents to hold out; by default 0.02.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a shard folder: `mslt data prepare RECIPE OUT`, or with --text DIR or --hub NAME instead of a recipe.
 
-    Killed at any moment, the same command goes on where it stopped."""
+    The recipe data-wikipedia-books, shipped with mslt, lists every key there is. Killed at any moment, the same command
+    goes on where it stopped; what is half done lies in OUT.work."""
     from data_prep.prepare import prepare
     from data_prep.recipe import DataRecipe
     from mslt.config import find_shipped
     from mslt.validation import read_yaml, validate
 
+    of_hub = given(config=config, column=column, max_documents=limit)
+    of_corpus = given(vocabulary=given(size=vocab_size) or None, validation_share=validation_share)
     sources: list[dict[str, Any]] = [{"kind": "text", "path": str(folder)} for folder in text or []]
-    if hub is not None:
-        sources.append({"kind": "hub", "dataset": hub, "config": config, "column": column, "max_documents": limit})
-    if sources and len(places) == 1:
-        values: dict[str, Any] = {"sources": sources, "validation_share": validation_share}
-        values |= {"vocabulary": {"size": vocab_size}} if vocab_size is not None else {}
-        recipe, out = validate(DataRecipe, values, "mslt data prepare"), Path(places[0])
-    elif not sources and vocab_size is None and limit is None and len(places) == 2:
-        path, out = find_shipped("recipes", places[0], ".yaml"), Path(places[1])
-        recipe = validate(DataRecipe, read_yaml(path), str(path))
-    else:
+    sources += [{"kind": "hub", "dataset": hub, **of_hub}] if hub is not None else []
+    if len(places) != (1 if sources else 2) or (of_hub and hub is None) or (of_corpus and not sources):
         raise MsltError(
-            "mslt data prepare: give either RECIPE OUT, or OUT with --text DIR or --hub NAME (and --vocab-size, "
-            f"--limit); given were {' '.join(places)}"
+            "mslt data prepare: give RECIPE OUT and no other option; or OUT with --text DIR or --hub NAME, where "
+            "--config, --column and --limit belong to --hub"
         )
+    out = Path(places[-1])
+    if sources:
+        recipe = validate(DataRecipe, {"sources": sources, **of_corpus}, "mslt data prepare")
+    else:
+        path = find_shipped("recipes", places[0], ".yaml")
+        recipe = validate(DataRecipe, read_yaml(path), str(path))
     with progress_bar() as progress:
         manifest, is_new = prepare(recipe, out, progress, workers or len(os.sched_getaffinity(0)))
     if as_json:
@@ -118,46 +119,40 @@ def verify_command(folder: Folder, as_json: AsJson = False) -> None:
 @app.command("show")
 def show_command(
     folder: Folder,
-    sample: Annotated[int, typer.Option(min=0, help="Position in the data: 17 is the 18th sample of a run.")] = 0,
+    sample: Annotated[int, typer.Option(min=0, max=10**10, help="Position in the data, counted from 0.")] = 0,
     split: Split = "train",
-    sequence_length: SequenceLength = 128,
-    seed: Seed = 0,
-    whole_words: Annotated[bool, typer.Option("--whole-words", help="Mask whole words.")] = False,
-    pairs: Pairs = True,
+    recipe: TrainingRecipe = "bert-base",
     as_json: AsJson = False,
 ) -> None:
-    """Show one sample as training sees it, with its masks marked."""
+    """Show one sample as training by a recipe sees it, with its masks marked."""
     from mslt.data.inspection import describe_sample, render_sample
 
-    described = describe_sample(open_samples(folder, split, sequence_length, seed, whole_words, pairs), sample)
+    described = describe_sample(open_samples(folder, split, recipe), sample)
     typer.echo(json.dumps(described, indent=2) if as_json else render_sample(described))
 
 
 @app.command("stats")
 def stats_command(
-    folder: Folder,
-    split: Split = "train",
-    sequence_length: SequenceLength = 128,
-    seed: Seed = 0,
-    pairs: Pairs = True,
-    as_json: AsJson = False,
+    folder: Folder, split: Split = "train", recipe: TrainingRecipe = "bert-base", as_json: AsJson = False
 ) -> None:
-    """Show what a split looks like: counts, lengths, padding, unknown and frequent tokens."""
+    """Show what a split looks like, and check its first samples against the rules of pairs and masks."""
     from mslt.data.inspection import describe_corpus, render_corpus
 
-    described = describe_corpus(open_samples(folder, split, sequence_length, seed, False, pairs))
+    described = describe_corpus(open_samples(folder, split, recipe))
     typer.echo(json.dumps(described, indent=2) if as_json else render_corpus(described))
 
 
-def open_samples(
-    folder: Path, split: str, sequence_length: int, seed: int, whole_words: bool, pairs: bool
-) -> "Samples":
-    from mslt.config import DataConfig
+def open_samples(folder: Path, split: str, recipe: str) -> "Samples":
+    from mslt.config import load_recipe
     from mslt.data.loader import Samples
     from mslt.data.shards import open_shards
 
-    config = DataConfig(shards=str(folder), whole_word_masking=whole_words, next_sentence_prediction=pairs)
-    return Samples(open_shards(folder, split), config, sequence_length, seed)
+    loaded = load_recipe(recipe)
+    return Samples(open_shards(folder, split), loaded.data, loaded.training.sequence_length, loaded.training.seed)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def amount(amount: "Amount") -> str:

@@ -1,21 +1,30 @@
 """Arrays that are made once on a machine: one process writes them to a file, all map it and share its pages.
 
-    $MSLT_CACHE (default ~/.cache/mslt) / corpus hash / NAME-key.arrays      delete at any time, they are made anew
+    $MSLT_CACHE (default mslt-UID in the temporary folder) / corpus hash / NAME-key.arrays  NAME-key.lock
+
+The folder is to be on a disk of this machine. There a file may be deleted at any time: whoever has it mapped keeps it,
+the next makes it anew. On a network's disk a file that another machine replaces or deletes is gone from under those
+that have it mapped, and ends them (ESTALE, SIGBUS). Files not opened for a week go when another is written.
 
 A file is one line of JSON (its key, the arrays' names, types and shapes, CRC-32 and size of all that follows), then
-the arrays, each at a multiple of 64 bytes. A file that was cut or changed is made anew. Where the folder cannot be
-written or locked, the arrays stay in the memory of the process that made them.
+the arrays, each at a multiple of 64 bytes. A file that was cut or changed is made anew. Where no file can be kept, a
+warning says why, and the arrays stay in the memory of the process that made them.
 """
 
 import fcntl
+import functools
 import json
 import mmap
 import os
+import stat
+import sys
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,59 +34,114 @@ Arrays = dict[str, np.ndarray]
 
 FORMAT_VERSION = 1
 ALIGNMENT_BYTES = 64
+UNUSED_S = 7 * 24 * 3600
+OUR_FILES = "[0-9a-f]" * 16 + "/*-" + "[0-9a-f]" * 16 + ".*"  # matches nothing else in a folder that is not ours alone
 
 
-def cached(corpus: str, name: str, key: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
+def cached(
+    corpus: str,
+    name: str,
+    key: dict[str, Any],
+    make: Callable[[], Arrays],
+    is_enough: Callable[[Arrays], bool] = lambda _: True,
+) -> Arrays:
     """The arrays that `make` returns, read-only. `corpus`, `name` and `key` are everything that decides them.
 
-    Of all processes on a machine that ask at the same time one makes them, the others wait for it.
+    Of all processes on a machine that ask at the same time one makes them, the others wait for it. Arrays that grow
+    are made anew, and their file replaced, where what was found is not enough.
     """
-    path, full_key = _path(corpus, name, key), _full_key(corpus, name, key)
-    made = None
-    try:
-        found = _read(path, full_key)
-        if found is not None:
-            return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f"{name}.lock")):
-            found = _read(path, full_key)
-            if found is None:
-                made = make()
-                _write(path, full_key, made)
-                found = _read(path, full_key)
-    except OSError:
-        found = None
-    if found is not None:
-        return found
-    return make() if made is None else made
+    folder, full_key = cache_folder(), {"format": FORMAT_VERSION, "corpus": corpus, "name": name, **key}
+    path = folder / corpus[:16] / f"{name}-{sha256_text(canonical_json(full_key))[:16]}.arrays"
 
+    def found() -> Arrays | None:
+        arrays = _read(path, full_key)
+        return arrays if arrays is not None and is_enough(arrays) else None
 
-def discard(corpus: str, name: str, key: dict[str, Any]) -> None:
-    """Delete the file, if there is one. A process that has it mapped keeps it."""
-    try:
-        _path(corpus, name, key).unlink(missing_ok=True)
-    except OSError:
-        return  # not ours to delete: it only takes room
+    arrays: Arrays | None = None
+    turn: IO[str] | None = None
+    with _told(folder):
+        _make_folder(folder, path.parent)
+        unfit = _inode(path)
+        arrays = found()
+        if arrays is None:
+            turn = _turn(path, unfit)
+        if arrays is None and turn is None:
+            arrays = found()
+    if arrays is not None:
+        return arrays
+    if turn is None:
+        return make()  # here or in the process that we waited for it could not be written: at least not one by one
+    with turn:  # until it is closed
+        made = make()
+        with _told(folder):
+            _write(path, full_key, made)
+    with _told(folder):
+        _delete_unused(folder)
+        arrays = found()
+    return made if arrays is None else arrays
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("MSLT_CACHE") or Path.home() / ".cache" / "mslt")
-
-
-def _path(corpus: str, name: str, key: dict[str, Any]) -> Path:
-    digest = sha256_text(canonical_json(_full_key(corpus, name, key)))
-    return cache_folder() / corpus[:16] / f"{name}-{digest[:16]}.arrays"
-
-
-def _full_key(corpus: str, name: str, key: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT_VERSION, "corpus": corpus, "name": name, **key}
+    return Path(os.environ.get("MSLT_CACHE") or Path(tempfile.gettempdir()) / f"mslt-{os.getuid()}")
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _told(folder: Path) -> Iterator[None]:
+    """Trouble with the files costs the files only; it is told once."""
+    try:
         yield
+    except OSError as error:
+        _tell(folder, os.strerror(error.errno) if error.errno else str(error))
+
+
+@functools.cache
+def _tell(folder: Path, reason: str) -> None:
+    print(
+        f"warning: the sample index cannot be kept in {folder} ({reason}): every process holds its own; "
+        "set MSLT_CACHE to a folder of this machine",
+        file=sys.stderr,
+    )
+
+
+def _make_folder(folder: Path, inside: Path) -> None:
+    """OSError if the default folder, whose name anyone may take, is not this user's alone to write."""
+    if not os.environ.get("MSLT_CACHE"):
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise OSError("not a folder that this user alone may write")
+    inside.mkdir(parents=True, exist_ok=True)
+
+
+def _turn(path: Path, unfit: int | None) -> IO[str] | None:
+    """A lock to make the file under. None where another process has done so meanwhile, or tried to: `unfit` is the
+    inode of the file that was looked at before."""
+    with ExitStack() as opened:
+        lock = opened.enter_context(open(path.with_suffix(".lock"), "w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # with all others that waited
+            return None
+        if _inode(path) != unfit:
+            return None
+        opened.pop_all()
+        return lock
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _delete_unused(folder: Path) -> None:
+    for path in folder.glob(OUR_FILES):
+        with suppress(OSError):  # another process deleted it, or it is another user's
+            if path.stat().st_mtime < time.time() - UNUSED_S:
+                path.unlink()
 
 
 def _write(path: Path, key: dict[str, Any], arrays: Arrays) -> None:
@@ -110,6 +174,8 @@ def _read(path: Path, key: dict[str, Any]) -> Arrays | None:
             header = json.loads(file.readline())
             at = file.tell()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with suppress(OSError):  # another user's, or read-only: theirs to keep
+                os.utime(file.fileno())
     except (FileNotFoundError, ValueError):
         return None
     if not isinstance(header, dict) or header.get("key") != key:

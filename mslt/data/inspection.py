@@ -87,7 +87,8 @@ def _marked(token: dict[str, str]) -> str:
 
 
 def describe_corpus(samples: Samples, num_samples: int = 100_000, num_frequent: int = 20) -> dict[str, Any]:
-    """Counts and histograms of a split, and of the first `num_samples` samples of epoch 0, a random choice of all."""
+    """Counts and histograms of a split, and of the first `num_samples` samples of epoch 0, a random choice of all;
+    `broken_rules` are those that these samples do not keep."""
     shards, order = samples.shards, samples.order
     tokenizer = _tokenizer(shards)
     counts_V = np.zeros(shards.vocab_size, np.int64)
@@ -113,6 +114,10 @@ def describe_corpus(samples: Samples, num_samples: int = 100_000, num_frequent: 
         "samples_per_epoch": total,
         "samples_looked_at": looked_at,
         "tokens_per_sample": histogram(lengths),
+        # Three standard errors of a share of a half: 0.005 at 100,000 samples.
+        "broken_rules": broken_rules(
+            count_samples(samples, range(looked_at)), samples.config.whole_word_masking, 1.5 / looked_at**0.5
+        ),
         "padding_share": 1 - int(sum(part.sum() for part in lengths)) / (looked_at * samples.sequence_length),
         "frequent_tokens": [
             {"token": tokenizer.id_to_token(entry), "share": int(counts_V[entry]) / num_tokens} for entry in frequent
@@ -131,7 +136,9 @@ def render_corpus(corpus: dict[str, Any]) -> str:
     ]
     for name in ("sentences_per_document", "tokens_per_sentence", "tokens_per_sample"):
         lines += ["", *_bars(name.replace("_", " "), corpus[name])]
+    rules = corpus["broken_rules"] or ["kept by all of them"]
     frequent = (f"{entry['token']} {entry['share']:.2%}" for entry in corpus["frequent_tokens"])
+    lines += ["", f"rules of pairs and masks, first {corpus['samples_looked_at']:,} samples: {'; '.join(rules)}"]
     return "\n".join([*lines, "", "most frequent: " + "  ".join(frequent)])
 
 

@@ -18,7 +18,7 @@ from mslt.data.shards import Shards
 from mslt.plan import Stage
 
 Batch = dict[str, torch.Tensor]
-EVALUATION_SEED = 0  # of no run: held-out losses of all runs are taken on the same samples and masks
+EVALUATION_SEED = 0  # of no run: runs with the same data section are held out on the same samples and masks
 
 
 class Samples:

@@ -1,11 +1,14 @@
 """manifest.json of a shard folder: what the shards hold, what they were made from, how to check them.
 
-Nothing in it but its provenance varies between two runs over the same input: equal corpora have equal hashes.
+Nothing in it but its provenance and the sources' paths varies between two runs over the same input: equal corpora
+have equal hashes.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from pydantic import model_validator
 
 from mslt.errors import MsltError
 from mslt.files import canonical_json, sha256_file, sha256_text, write_json
@@ -19,7 +22,8 @@ SPLITS = ("train", "validation")
 
 
 class Amount(Frozen):
-    """Bytes are counted as found in the source, before any cleaning."""
+    """Bytes are counted as found, before any cleaning: of files and rows all their text; of a dump's page its wikitext
+    (of a damaged one its XML); of WikiExtractor's page what stands between its tags."""
 
     documents: int = 0
     bytes: int = 0
@@ -29,7 +33,7 @@ class Amount(Frozen):
 
 
 class SourceEntry(Frozen):
-    """One source of the recipe: what was read is what is in the shards and what each rule dropped."""
+    """One source of the recipe: what was read is what was kept and what each rule dropped."""
 
     kind: str
     path: str
@@ -37,6 +41,12 @@ class SourceEntry(Frozen):
     read: Amount
     kept: Amount
     dropped: dict[str, Amount]
+
+    @model_validator(mode="after")
+    def adds_up(self) -> "SourceEntry":
+        if sum(self.dropped.values(), self.kept) != self.read:
+            raise ValueError("read is not what was kept and dropped together")
+        return self
 
 
 class Rules(Frozen):
@@ -50,9 +60,10 @@ class Rules(Frozen):
 
 
 class TokenizerEntry(Frozen):
-    """`sha256` is of tokenizer.json as stored in the shard folder."""
+    """`sha256` is of tokenizer.json as stored in the shard folder, `others` are those of the files beside it."""
 
     sha256: str
+    others: dict[str, str]
     vocab_size: int
     lowercase: bool
 
@@ -89,8 +100,20 @@ class Manifest(Frozen):
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON, provenance apart: the identity of the corpus."""
-        return sha256_text(canonical_json(self.model_dump(mode="json", exclude={"provenance"})))
+        """sha256 of the canonical JSON, provenance and the sources' paths apart: the identity of the corpus."""
+        apart: Any = {"provenance": True, "sources": {"__all__": {"path"}}}
+        return sha256_text(canonical_json(self.model_dump(mode="json", exclude=apart)))
+
+    @model_validator(mode="after")
+    def adds_up(self) -> "Manifest":
+        for name in SPLITS:
+            if name not in self.splits:
+                raise ValueError(f"splits.{name} is missing")
+        kept = sum(source.kept.documents for source in self.sources)
+        held = sum(split.documents for split in self.splits.values())
+        if kept != held:
+            raise ValueError(f"the sources kept {kept} documents, the splits hold {held}")
+        return self
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -127,11 +150,7 @@ def parse_manifest(folder: Path) -> Manifest:
     if isinstance(version, int) and version != FORMAT_VERSION:
         way = "upgrade mslt" if version > FORMAT_VERSION else "prepare the shards anew"
         raise MsltError(f"{path}: format version {version}, this mslt reads {FORMAT_VERSION}; {way}")
-    manifest = validate(Manifest, raw, f"{path} ({remedy})")
-    for name in SPLITS:
-        if name not in manifest.splits:
-            raise MsltError(f"{path}: splits.{name} is missing; {remedy}")
-    return manifest
+    return validate(Manifest, raw, f"{path} ({remedy})")
 
 
 def check_size(path: Path, shard: ShardEntry) -> None:

@@ -5,7 +5,8 @@ they reach the target length (the sequence length less three special tokens; wit
 uniformly from 2 up to that, once for a document); the chunk is cut at random into A and B; half the time, and always
 for a chunk of one sentence, B comes from another document and the unused rest goes back; a random B starts at any
 sentence of its document and goes on until A and B reach the target; then one token after the other is taken from the
-longer side (B when equal), at either end at random. What differs from that script:
+longer side (B when equal), at either end at random: of a very long sentence the middle stays, its ends are hardly ever
+seen. What differs from that script:
   - documents are chunked anew in every epoch, instead of `dupe_factor` (10) copies written once and read for ever;
   - the other document is drawn uniformly from all others of the split, instead of from one group of input files with
     up to ten tries that may end on the same document (there a split of one document makes do, here it is refused);
@@ -17,8 +18,9 @@ differs in the masks is said in masking.py.
 
 Without next-sentence prediction a sample is one run of a document's sentences, as many as fit whole: DOC-SENTENCES of
 Liu et al. 2019 (RoBERTa), section 4.2, there the best of four by a little. What differs: the batch does not grow where
-a document's end leaves a sequence short, so that part is padding; a sentence longer than the sequence is truncated as
-above, so that it is met in full over the epochs. `short_sequence_probability` holds here too; RoBERTa has none.
+a document's end leaves a sequence short, so that part is padding; of a sentence longer than the sequence a piece is
+drawn uniformly in each epoch, so that it is met in full over the epochs. `short_sequence_probability` holds here too;
+RoBERTa has none.
 
 Every draw is keyed by (seed, purpose, epoch, document or sample): a sample does not depend on the samples before it,
 on ranks or on workers, and the position in the data is one integer, samples consumed. B samples, S sides (A and B).
@@ -36,9 +38,11 @@ from mslt.data import keyed
 from mslt.data.shards import Shards
 from mslt.errors import MsltError
 
-INDEX_VERSION = 1  # of the rules below, in the key of cached indices: raise it when a sample changes
+INDEX_VERSION = 1  # of the rules below, in the key of cached indices: raise it when an index changes
 BLOCK_SENTENCES = 2**16  # chunked at a time by one thread: about 8 MB, so that it stays in the processor's cache
 NUM_BUCKETS = 64  # of the shuffle, sorted side by side
+UINT32_SENTENCES = 2**32  # from here on a chunk's start takes 8 bytes
+UNCOUNTED_SENTENCES = 2**16  # below, the epochs' sizes are no file: an epoch is chunked in 10 ms
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -98,29 +102,26 @@ class SampleOrder:
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, index in it) of the samples at these positions, each int64 [B]."""
         last = int(positions.max(initial=0))
-        while last >= self._epoch_starts[-1]:
-            self._epoch_starts.append(self._epoch_starts[-1] + self.num_samples(len(self._epoch_starts) - 1))
+        self._count_epochs(lambda starts: starts[-1] > last)
         starts = np.array(self._epoch_starts)
         epoch_B = np.searchsorted(starts, positions, side="right") - 1
         return epoch_B, positions - starts[epoch_B]
 
     def num_samples(self, epoch: int) -> int:
-        """Samples of an epoch. An epoch that is passed over is chunked and counted, not shuffled, and remembered."""
+        """Samples of an epoch."""
         if epoch in self._indices:
             return len(self._indices[epoch].start)
-        counts = self.shards.shared(
-            "epoch-size", self._key(epoch), lambda: {"samples": np.array([len(self._chunks(epoch).start)])}
-        )
-        return int(counts["samples"][0])
+        self._count_epochs(lambda starts: len(starts) > epoch + 1)
+        return self._epoch_starts[epoch + 1] - self._epoch_starts[epoch]
 
     def index(self, epoch: int) -> EpochIndex:
         if epoch not in self._indices:
             while len(self._indices) > 1:
                 self._indices.pop(min(self._indices))
-            columns = self.shards.shared("epoch", self._key(epoch), lambda: self._shuffled(epoch)._asdict())
+            key = {**self._key(), "epoch": epoch}
+            columns = self.shards.shared("epoch", key, lambda: self._shuffled(epoch)._asdict())
             self._indices[epoch] = EpochIndex(**columns)
             self._unshuffled = None
-            self.shards.unshare("epoch", self._key(epoch - 2))
         return self._indices[epoch]
 
     def segments(self, epoch_B: np.ndarray, index_B: np.ndarray) -> Segments:
@@ -150,6 +151,25 @@ class SampleOrder:
 
     def document_of(self, sentence: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.shards.document_starts, sentence, side="right") - 1
+
+    def _count_epochs(self, is_reached: Callable[[list[int]], bool]) -> None:
+        """Extend the epochs' starts until `is_reached` is content with them. An epoch that is passed over is chunked
+        and counted, not shuffled; the sizes of all epochs counted so far are one file of the cache."""
+
+        def counted() -> dict[str, np.ndarray]:
+            starts = self._epoch_starts.copy()
+            while not is_reached(starts):
+                epoch = len(starts) - 1
+                chunks = self._indices[epoch] if epoch in self._indices else self._chunks(epoch)
+                starts.append(starts[-1] + len(chunks.start))
+            return {"samples": np.diff(starts)}
+
+        def is_more(found: dict[str, np.ndarray]) -> bool:
+            return len(found["samples"]) >= len(self._epoch_starts)
+
+        while not is_reached(self._epoch_starts):
+            sizes = self.shards.shared("epoch-sizes", self._key(), counted, is_more, UNCOUNTED_SENTENCES)
+            self._epoch_starts = [0, *np.cumsum(sizes["samples"]).tolist()]
 
     def _chunks_at(self, epoch_B: np.ndarray, index_B: np.ndarray) -> EpochIndex:
         """The chunks of these samples; their columns are int64."""
@@ -189,7 +209,7 @@ class SampleOrder:
             is_random |= keyed.uniform(self.seed, "next", epoch, document, position + first) < 0.5
         b_size = np.where(is_random, 0, size - a_size)
         start = np.flatnonzero(followed(position + a_size + b_size, bounds[:-1]))
-        start_dtype = np.uint32 if self.shards.document_starts[-1] < 2**32 else np.uint64
+        start_dtype = np.uint32 if self.shards.document_starts[-1] < UINT32_SENTENCES else np.uint64
         return EpochIndex(
             (start + first).astype(start_dtype), a_size[start].astype(np.uint16), b_size[start].astype(np.uint16)
         )
@@ -241,17 +261,19 @@ class SampleOrder:
     def _cut_in_front(
         self, surplus_B: np.ndarray, purpose: str, epoch_B: np.ndarray, index_B: np.ndarray
     ) -> np.ndarray:
-        """How many of the surplus tokens are taken from the front: each with even chance."""
+        """How many of the surplus tokens are taken from the front: of a pair's each with even chance, without pairs
+        any number alike."""
+        if not self.pairs:
+            return keyed.integers(surplus_B + 1, self.seed, purpose, epoch_B, index_B)
         row = np.repeat(np.arange(len(surplus_B)), surplus_B)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(surplus_B) - surplus_B, surplus_B)
         coins = keyed.as_uniform(keyed.extended(keyed.bits(self.seed, purpose, epoch_B, index_B)[row], nth)) < 0.5
         return np.bincount(row[coins], minlength=len(surplus_B))
 
-    def _key(self, epoch: int) -> dict[str, Any]:
-        """Everything besides the corpus that decides an epoch's index."""
+    def _key(self) -> dict[str, Any]:
+        """Everything besides the corpus and the epoch that decides an epoch's index."""
         return {
             "version": INDEX_VERSION,
-            "epoch": epoch,
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "pairs": self.pairs,

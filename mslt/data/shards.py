@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from mslt.data.cache import Arrays, cached, discard
+from mslt.data.cache import Arrays, cached
 from mslt.data.manifest import (
     TOKENIZER_FILE,
     TOKENIZER_FOLDER,
@@ -224,16 +224,19 @@ class Shards:
         runs = zip(block.tolist(), start.tolist(), (start + num_tokens).tolist(), strict=True)
         return [self.token_blocks[block][start:end] for block, start, end in runs]
 
-    def shared(self, name: str, key: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
-        """What `make` returns, kept in the cache under this corpus and split. A small split makes it in every process
-        that asks: that is quicker than it is worth a file."""
-        if self.num_sentences < SMALL_SENTENCES:
+    def shared(
+        self,
+        name: str,
+        key: dict[str, Any],
+        make: Callable[[], Arrays],
+        is_enough: Callable[[Arrays], bool] = lambda _: True,
+        small_sentences: int = SMALL_SENTENCES,
+    ) -> Arrays:
+        """What `make` returns, kept in the cache under this corpus and split, see `cached`. A split below
+        `small_sentences` makes it in every process that asks: that is quicker than it is worth a file."""
+        if self.num_sentences < min(small_sentences, SMALL_SENTENCES):
             return make()
-        return cached(self.manifest.hash, f"{self.split}-{name}", key, make)
-
-    def unshare(self, name: str, key: dict[str, Any]) -> None:
-        """Drop it from the cache."""
-        discard(self.manifest.hash, f"{self.split}-{name}", key)
+        return cached(self.manifest.hash, f"{self.split}-{name}", key, make, is_enough)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapped file does not pickle: a spawned worker opens the folder again.

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mslt.errors import MsltError
+from mslt.plan import Plan
 from mslt.rundir import RunDir, read_plan, read_summaries
 
 
@@ -22,6 +24,24 @@ class Outcome:
     train_s: float
     speedup: float
     reduced_bytes: int
+
+
+def differences(runs: list[Path]) -> list[str]:
+    """What makes held-out losses of the runs incomparable: a line for each run that reads other samples than the
+    first."""
+    first, *others = ((path, read_plan(RunDir(path))) for path in runs)
+    found = []
+    for path, plan in others:
+        ours, theirs = (_decides_samples(p) for p in (first[1], plan))
+        changed = [f"{name} {ours[name]} → {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+        if changed:
+            found.append(f"{path} is held out on other samples than {first[0]}: {', '.join(changed)}")
+    return found
+
+
+def _decides_samples(plan: Plan) -> dict[str, Any]:
+    data = plan.data.model_dump(exclude={"shards"})
+    return {"shards": plan.shards_sha256, "sequence_length": plan.stages[-1].sequence_length, **data}
 
 
 def outcomes(runs: list[Path]) -> list[Outcome]:

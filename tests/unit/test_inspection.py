@@ -109,6 +109,7 @@ def test_a_corpus_is_counted(shards: Path) -> None:
     assert most["share"] == pytest.approx((every == entry_id).mean())
     attention = samples.batch(range(700))["attention_mask"].double()
     assert corpus["samples_looked_at"] == 700
+    assert corpus["broken_rules"] == []
     assert corpus["padding_share"] == pytest.approx(1 - float(attention.mean()))
     assert corpus["tokens_per_sample"]["max"] == int(attention.sum(1).max())
     assert corpus["tokens_per_sample"]["mean"] == pytest.approx(float(attention.sum(1).mean()))

@@ -39,8 +39,14 @@ def test_text_shortcut(tmp_path: Path) -> None:
 
 
 def test_recipe_and_shortcut_together_are_refused(tmp_path: Path) -> None:
-    for arguments in (["r.yaml", "out", "--text", "x"], ["out"], ["r.yaml", "out", "--vocab-size", "512"]):
-        with pytest.raises(MsltError, match="either RECIPE OUT"):
+    for arguments in (
+        ["r.yaml", "out", "--text", "x"],
+        ["out"],
+        ["r.yaml", "out", "--vocab-size", "512"],
+        ["out", "--text", "x", "--limit", "5"],
+        ["r.yaml", "out", "--validation-share", "0.5"],
+    ):
+        with pytest.raises(MsltError, match="give RECIPE OUT and no other option"):
             CliRunner().invoke(app, ["prepare", *arguments], catch_exceptions=False)
     with pytest.raises(MsltError, match="no such file"):
         CliRunner().invoke(app, ["prepare", str(tmp_path / "r.yaml"), "out"], catch_exceptions=False)

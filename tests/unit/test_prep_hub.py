@@ -1,10 +1,15 @@
 """Datasets through `datasets`, from folders the tests write: no network."""
 
+import gzip
 import json
+import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +17,7 @@ import pytest
 from data_prep import hub
 from data_prep.documents import Document
 from data_prep.recipe import HubSource
+from data_prep.sources import list_pieces
 from mslt.errors import MsltError
 
 
@@ -42,16 +48,115 @@ def test_parquet_dataset_by_shards(tmp_path: Path) -> None:
     asked = source(write_parquet(tmp_path / "set"))
     parts = hub.list_parts(asked)
     assert [(part.name, part.path, part.start, part.end) for part in parts] == [
-        ("set", None, n, n + 1) for n in range(3)
+        (f"set@{hub.find_version(asked)}", None, n, n + 1) for n in range(3)
     ]
     assert all(part.size_bytes > 0 for part in parts)
     assert list(hub.read_part(asked, parts[1])) == [
-        Document("set#1-0", "First of 1.\nIts second.", 25),
-        Document("set#1-1", "", 0, "empty"),
-        Document("set#1-2", "", 0, "empty"),
-        Document("set#1-3", "", 3, "damaged"),
-        Document("set#1-4", "é", 2),
+        Document("First of 1.\nIts second.", 25),
+        Document("", 0, "empty"),
+        Document("", 0, "empty"),
+        Document("", 3, "damaged"),
+        Document("é", 2),
     ]
+
+
+def test_changed_folder_is_another_dataset(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set")
+
+    def identity() -> tuple[list[str], list[str]]:
+        pieces = list_pieces((source(folder),), 1)
+        return [part.name for piece in pieces for part in piece.parts], [piece.key for piece in pieces]
+
+    seen = [identity()]
+    os.utime(folder / "train-2.parquet", ns=(1, 1))
+    seen.append(identity())
+    (folder / "README.md").write_text("More.")
+    seen.append(identity())
+    (folder / "README.md").rename(folder / "readme.md")
+    os.utime(folder / "readme.md", ns=(1, 1))
+    seen.append(identity())
+    assert identity() == seen[-1]
+    folder.rename(tmp_path / "moved")
+    assert hub.find_version(source(tmp_path / "moved")) in seen[-1][0][0]
+    assert len({names[0] for names, _ in seen}) == len({keys[0] for _, keys in seen}) == len(seen)
+
+
+def test_hub_dataset_is_read_at_the_commit_that_was_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {None: "a" * 40, "v1": "b" * 40}
+    monkeypatch.setattr(
+        hub.HfApi, "dataset_info", lambda self, name, revision, timeout: SimpleNamespace(sha=commits[revision])
+    )
+    read_at = []
+
+    def load_dataset(*names: str, split: str, revision: str, streaming: bool) -> datasets.IterableDataset:
+        read_at.append(revision)
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "One."}, {"text": None}, {"text": 1}]))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    asked = HubSource(kind="hub", dataset="some/set")
+    (part,) = hub.list_parts(asked)
+    assert part.name == f"some/set@{'a' * 40}"
+    commits[None] = "c" * 40
+    hub.load.cache_clear()
+    assert list(hub.read_part(asked, part)) == [
+        Document("One.", 4),
+        Document("", 0, "empty"),
+        Document("", 0, "damaged"),
+    ]
+    assert [p.name[-1] for p in hub.list_parts(HubSource(kind="hub", dataset="some/set", revision="v1"))] == ["b"]
+    assert read_at == ["a" * 40, "a" * 40, "b" * 40]
+
+
+@pytest.mark.parametrize(
+    "error", [hub.httpx.ReadTimeout("timed out"), hub.httpx.RemoteProtocolError("cut off"), zlib.error("damaged")]
+)
+def test_stream_that_breaks_ends_in_one_message(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "One."}
+        raise error
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="a" * 40))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(MsltError, match=f"some/set/train: {error}; correct"):
+        read(HubSource(kind="hub", dataset="some/set"))
+
+
+def test_hub_that_does_not_answer_ends_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise hub.httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", fail)
+    with pytest.raises(MsltError, match=r"some/set/train: Name or service not known; .*without network"):
+        hub.list_parts(HubSource(kind="hub", dataset="some/set"))
+
+
+def test_files_that_name_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One.\nTwo.\n")
+    assert [document.text for document in read(source(tmp_path))] == ["One.", "Two."]
+    with pytest.raises(MsltError, match=r"no column 'body'; .*of text"):
+        hub.list_parts(source(tmp_path, column="body"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_dataset_without_rows_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(MsltError, match=f"{tmp_path.name}(: holds no rows|/train: StopIteration)"):
+        hub.list_parts(source(tmp_path))
+
+
+def test_rows_of_another_type_end_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "by": null}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "y", "by": "me"}\n')
+    with pytest.raises(MsltError, match=f"{tmp_path.name}/train: .*; correct"):
+        read(source(tmp_path))
+
+
+def test_damaged_gz_ends_in_one_message(tmp_path: Path) -> None:
+    packed = gzip.compress("".join(f'{{"text": "{n} {n * n}"}}\n' for n in range(9000)).encode())
+    for raw in (packed[:-20], packed[:5000] + b"\xff" * 99 + packed[5099:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(raw)
+        with pytest.raises(MsltError, match=f"{tmp_path.name}/train: "):
+            read(source(tmp_path))
 
 
 def test_max_documents_counts_over_all_shards(tmp_path: Path) -> None:
@@ -61,7 +166,6 @@ def test_max_documents_counts_over_all_shards(tmp_path: Path) -> None:
     assert (part.start, part.end) == (0, 3)
     everything = read(source(folder))
     assert [(d.text, d.dropped) for d in read(asked)] == [(d.text, d.dropped) for d in everything[:7]]
-    assert [d.key for d in read(asked)] == [f"set#0-{n}" for n in range(7)]
 
 
 def test_json_lines_dataset_with_its_own_column(tmp_path: Path) -> None:
@@ -74,6 +178,7 @@ def test_json_lines_dataset_with_its_own_column(tmp_path: Path) -> None:
     ("values", "said"),
     [
         ({"split": "validation"}, "Bad split: validation"),
+        ({"revision": "main"}, "a local folder has no revision; leave"),
         ({"config": "20231101.en"}, "'20231101.en' not found"),
         ({"column": "body"}, "no column 'body'; set the source's column to one that does, of id, text"),
         ({"column": "id"}, "its column 'id' holds no text"),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.normalizers import BertNormalizer
 
 from data_prep.assemble import count_tokens, unigram_cross_entropy
 from data_prep.duplicates import hash_text
@@ -117,8 +119,9 @@ def test_prepared_folder_is_left_as_it_is(made: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_something_else_is_never_replaced(tmp_path: Path) -> None:
     text = make_sources(tmp_path / "text")
-    with pytest.raises(MsltError, match="is no shard folder"):
-        prepare(make_recipe(text), text)
+    for inside in (text, text / "shards"):
+        with pytest.raises(MsltError, match=r"lies inside of sources.0"):
+            prepare(make_recipe(text), inside)
     assert (text / "000.txt").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(MsltError, match="is no shard folder"):
@@ -164,6 +167,54 @@ def test_repeated_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     assert source.kept.documents == 41
     without = make_recipe(text, duplicates={"exact": False, "near": False})
     assert prepare(without, tmp_path / "all")[0].sources[0].kept.documents == 43
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    text = make_sources(tmp_path / "text")
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work/thesis.txt").write_text("x")
+    with pytest.raises(MsltError, match=r"out\.work: is in the way"):
+        prepare(make_recipe(text), tmp_path / "out")
+    assert (tmp_path / "out.work/thesis.txt").read_text() == "x"
+
+
+def test_the_way_a_path_is_written_does_not_alter_the_corpus(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert prepare(make_recipe(Path("text")), Path("again"), piece_bytes=2000)[0].hash == read_manifest(made).hash
+
+
+def test_a_pretrained_tokenizer_is_taken_as_it_is(made: Path, tmp_path: Path) -> None:
+    odd = Tokenizer.from_file(str(made / "tokenizer/tokenizer.json"))
+    odd.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
+    odd.add_tokens(["covid19x"])
+    odd.enable_truncation(4)
+    (tmp_path / "odd").mkdir()
+    odd.save(str(tmp_path / "odd/tokenizer.json"))
+    recipe = make_recipe(tmp_path / "text", vocabulary={"pretrained": str(tmp_path / "odd")})
+    manifest, _ = prepare(recipe, tmp_path / "out")
+    stored = Tokenizer.from_file(str(tmp_path / "out/tokenizer/tokenizer.json"))
+    odd.no_truncation()
+    assert stored.encode("Été covid19x").ids == odd.encode("Été covid19x").ids
+    assert manifest.tokenizer.vocab_size == read_manifest(made).tokenizer.vocab_size + 1
+    Tokenizer(Unigram()).save(str(tmp_path / "odd/tokenizer.json"))
+    with pytest.raises(MsltError, match="is a Unigram tokenizer"):
+        prepare(recipe, tmp_path / "other")
+
+
+def test_verify_checks_the_tokenizer_and_the_sums(made: Path) -> None:
+    vocabulary = made / "tokenizer/vocab.txt"
+    text = vocabulary.read_text()
+    vocabulary.write_text(text.swapcase())
+    with pytest.raises(MsltError, match=r"vocab.txt: missing or changed"):
+        verify(made)
+    vocabulary.write_text(text)
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["sources"][0]["read"]["documents"] += 1
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MsltError, match="read is not what was kept and dropped"):
+        verify(made)
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
@@ -230,9 +281,13 @@ def test_all_mistakes_of_a_recipe_at_once(tmp_path: Path) -> None:
         ({"file": "v", "size": 512}, "leave out size"),
         ({"pretrained": "v", "lowercase": True}, "leave out lowercase"),
         ({"file": "v", "pretrained": "w"}, "not both"),
+        ({"size": 10**12}, "vocabulary.size"),
     ]:
         with pytest.raises(MsltError, match=said):
             validate(DataRecipe, {"sources": [{"kind": "python_docs"}], "vocabulary": vocabulary}, "r")
+    twice = {"sources": [{"kind": "text", "path": "x"}, {"kind": "books", "path": "x"}, {"kind": "text", "path": "x"}]}
+    with pytest.raises(MsltError, match="source 2 is source 0 again"):
+        validate(DataRecipe, twice, "r")
     path.write_text("a: [")
     with pytest.raises(MsltError, match="not readable as YAML"):
         read_yaml(path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -74,6 +75,37 @@ def test_killed_at_random_moments(corpus: Path, kills: int) -> None:
         assert start(corpus).wait() == 0
         assert contents(corpus / "shards") == undisturbed
         assert not (corpus / "shards.work").exists()
+
+
+def test_a_source_that_changes_in_between_is_read_anew(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_prep import prepare as module
+    from data_prep.recipe import DataRecipe
+
+    monkeypatch.chdir(corpus)
+    recipe = DataRecipe.model_validate(
+        {"sources": [{"kind": "lines", "path": "lines"}], "vocabulary": {"size": 400}, "min_document_tokens": 5}
+    )
+    tokenize, calls = module.tokenize_piece, 0
+
+    def killed_at_the_second(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        tokenize(*arguments)
+
+    monkeypatch.setattr(module, "tokenize_piece", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        module.prepare(recipe, Path("shards"), piece_bytes=3000)
+    monkeypatch.setattr(module, "tokenize_piece", tokenize)
+    for path in Path("lines").iterdir():  # as many bytes as before, other documents
+        path.write_text(path.read_text().replace("\n", " ", 10).replace("river", "house"))
+    manifest, _ = module.prepare(recipe, Path("shards"), piece_bytes=3000)
+    assert manifest.sources[0].read.documents == 4 * 20
+    module.prepare(recipe, Path("afresh"), piece_bytes=3000)
+    assert {k: v for k, v in contents(Path("shards")).items() if k != "manifest.json"} == {
+        k: v for k, v in contents(Path("afresh")).items() if k != "manifest.json"
+    }
 
 
 def test_what_is_done_is_not_done_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

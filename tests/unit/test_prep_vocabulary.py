@@ -37,7 +37,7 @@ def test_ids_do_not_depend_on_the_order_of_training() -> None:
 def test_saved_folder_is_byte_identical_and_loads_in_transformers(tmp_path: Path) -> None:
     text = ["The quick brown fox, the Café and 中文! " * 3]
     for name in "ab":
-        save_tokenizer(tmp_path / name, train_vocabulary(lambda: text, 256, True, 1), True)
+        save_tokenizer(tmp_path / name, build_tokenizer(train_vocabulary(lambda: text, 256, True, 1), True))
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     ours = Tokenizer.from_file(str(tmp_path / "a/tokenizer.json"))
@@ -51,7 +51,7 @@ def test_saved_folder_is_byte_identical_and_loads_in_transformers(tmp_path: Path
 
 def test_cased_vocabulary_stays_cased_in_transformers(tmp_path: Path) -> None:
     tokens = train_vocabulary(lambda: ["Fox fox FOX Café "] * 3, 256, False, 1)
-    save_tokenizer(tmp_path, tokens, False)
+    save_tokenizer(tmp_path, build_tokenizer(tokens, False))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.tokenize("Fox Café") == build_tokenizer(tokens, False).encode("Fox Café").tokens[1:-1]
     assert "F" in "".join(theirs.tokenize("Fox"))

@@ -4,6 +4,7 @@ The pairs are compared with Google's `create_instances_from_document`, written h
 keyed draws.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from mslt.config import DataConfig
 from mslt.data import keyed
 from mslt.data.loader import Batch, Samples, evaluation_batches, training_batches
 from mslt.data.masking import IGNORED_LABEL, mask_tokens
-from mslt.data.order import EpochIndex, SampleOrder, followed, truncated_lengths
+from mslt.data.order import INDEX_VERSION, EpochIndex, SampleOrder, followed, truncated_lengths
 from mslt.data.shards import Shards, open_shards
 from mslt.errors import MsltError
 from mslt.plan import Plan, Stage
-from tests.corpus import FIRST_TOKEN, Corpus
+from tests.corpus import FIRST_TOKEN, Corpus, random_corpus
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,49 @@ def test_the_index_is_the_same_however_the_documents_are_cut(shards: Path, monke
     assert [column.dtype for column in whole] == [np.uint32, np.uint16, np.uint16]
 
 
+def test_samples_are_the_same_where_starts_take_eight_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = random_corpus(40, seed=0)
+    narrow = SampleOrder(corpus, 32, 0.1, seed=0)  # type: ignore[arg-type]
+    chunks, sizes = chunks_of(narrow.index(0)), narrow.chunk_sizes(np.zeros(50, int), np.arange(50))
+    pairs = all_pairs(narrow, 0)
+    monkeypatch.setattr("mslt.data.order.UINT32_SENTENCES", corpus.num_sentences)
+    wide = SampleOrder(corpus, 32, 0.1, seed=0)  # type: ignore[arg-type]
+    assert [column.dtype for column in wide.index(0)] == [np.uint64, np.uint16, np.uint16]
+    assert chunks_of(wide.index(0)) == chunks
+    assert (wide.chunk_sizes(np.zeros(50, int), np.arange(50)) == sizes).all()
+    for one, other in zip(all_pairs(wide, 0), pairs, strict=True):
+        assert (one.a.tolist(), one.b.tolist(), one.is_random) == (other.a.tolist(), other.b.tolist(), other.is_random)
+
+
+# sha256 of the columns of index(0), with and without pairs, under the version of the rules that made them.
+PINNED_VERSION = 1
+PINNED = {
+    True: "5dd8e71341ff1ecd08748e1a1471e52703a20abf41e3196ef842fc26425d8fab",
+    False: "32b4c6b1827e3c908b3678a6c453ddba7a2a910ea7b3a277f8ab023a5aed3990",
+}
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_cached_indices_are_of_this_version_of_the_rules(pairs: bool) -> None:
+    order = SampleOrder(random_corpus(500, seed=3), 64, 0.1, 7, pairs)  # type: ignore[arg-type]
+    digest = hashlib.sha256(b"".join(column.tobytes() for column in order.index(0))).hexdigest()
+    assert (INDEX_VERSION, digest) == (PINNED_VERSION, PINNED[pairs]), "samples changed: raise INDEX_VERSION"
+
+
+def test_the_two_epochs_last_made_are_kept() -> None:
+    made: list[int] = []
+
+    class Watched(Corpus):
+        def shared(self, name: str, key: dict, make: object, *_: object) -> object:
+            made.extend([key["epoch"]] * (name == "epoch"))
+            return super().shared(name, key, make)
+
+    order = SampleOrder(Watched([[5, 7, 6]] * 4), 16, 0.1, seed=0)  # type: ignore[arg-type]
+    for epoch in (0, 1, 0, 1, 2, 1, 2, 0, 2, 0):
+        order.index(epoch)
+    assert made == [0, 1, 2, 0]
+
+
 # Without next-sentence prediction
 
 
@@ -371,6 +415,18 @@ def test_packed_samples_have_one_segment_and_no_label(shards: Path) -> None:
         assert int(batch["attention_mask"][row].sum()) == len(expected)
         assert int(used.sum()) == min(5, max(1, round(len(expected) * 0.15)))
     assert max(len(pair.a) for pair in pairs) == 46
+
+
+def test_a_sentence_longer_than_the_sequence_is_met_in_full_over_the_epochs() -> None:
+    corpus = Corpus([[3 * 16], [5]])
+    order, fronts = packed(corpus, 16, 0.0, 0), []
+    for epoch in range(2000):
+        (piece,) = (pair.a for pair in all_pairs(order, epoch) if pair.a[0] < FIRST_TOKEN + 48)
+        assert piece.tolist() == list(range(piece[0], piece[0] + 14))
+        fronts.append(int(piece[0]) - FIRST_TOKEN)
+    counts, expected = np.bincount(fronts), 2000 / (48 - 14 + 1)
+    assert len(counts) == 48 - 14 + 1
+    assert np.abs(counts - expected).max() < 5 * expected**0.5, "from any token on alike"
 
 
 def test_packing_needs_no_second_document() -> None:
@@ -473,6 +529,24 @@ def test_masks_are_keyed_by_seed_and_sample() -> None:
     others = [*masks(0, [4, 3, 8], [8, 9, 3]), *masks(1, [3], [8])]
     for part in (0, 1):
         assert len({same[part], *(other[part] for other in others)}) == 5, ("positions", "fates")[part]
+
+
+def test_replaced_tokens_are_keyed_by_seed_and_sample() -> None:
+    def replaced(seed: int, epoch: int, index: int) -> np.ndarray:
+        """What was drawn for each of 5,000 tokens that all are predicted; -1 where nothing was."""
+        ids = np.full((1, 5000), 512)  # beyond the vocabulary, as the mask is
+        mask_tokens(
+            ids, np.ones_like(ids, bool), np.array([5000]), np.array([epoch]), np.array([index]), seed=seed,
+            mask_probability=1.0, max_predictions=5000, mask_id=513, vocab_size=512,
+        )  # fmt: skip
+        return np.where(ids[0] < 512, ids[0], -1)
+
+    drawn = replaced(0, 3, 8)
+    assert (drawn == replaced(0, 3, 8)).all()
+    for other in (replaced(1, 3, 8), replaced(0, 4, 8), replaced(0, 3, 9), replaced(0, 8, 3)):
+        both = (drawn >= 0) & (other >= 0)
+        assert both.sum() > 20
+        assert (drawn == other)[both].mean() < 0.1
 
 
 # Batches
