@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from benchmarks.record import hardware, heading, table, this_command, write_record
 from mslt.config import DataConfig
-from mslt.data.cache import cached, discard
+from mslt.data.cache import Arrays, cached
 from mslt.data.loader import Samples
 from mslt.data.masking import IGNORED_LABEL
 from mslt.data.shards import Shards, open_shards
@@ -58,11 +58,8 @@ class SyntheticShards:
         start = first_token % (len(self.text) - LENGTH)
         return [self.text[i:j] for i, j in zip(start.tolist(), (start + num_tokens).tolist(), strict=True)]
 
-    def shared(self, name: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]) -> Any:
-        return cached(f"synthetic-{self.num_sentences}", name, key, make)
-
-    def unshare(self, name: str, key: dict[str, Any]) -> None:
-        discard(f"synthetic-{self.num_sentences}", name, key)
+    def shared(self, name: str, key: dict[str, Any], make: Callable[[], Arrays], *how: Any) -> Arrays:
+        return cached(f"synthetic-{self.num_sentences}", name, key, make, *how[:1])
 
 
 def main() -> None:

@@ -418,14 +418,15 @@ def test_packed_samples_have_one_segment_and_no_label(shards: Path) -> None:
 
 
 def test_a_sentence_longer_than_the_sequence_is_met_in_full_over_the_epochs() -> None:
-    corpus = Corpus([[3 * 16], [5]])
-    order, fronts = packed(corpus, 16, 0.0, 0), []
-    for epoch in range(2000):
-        (piece,) = (pair.a for pair in all_pairs(order, epoch) if pair.a[0] < FIRST_TOKEN + 48)
-        assert piece.tolist() == list(range(piece[0], piece[0] + 14))
-        fronts.append(int(piece[0]) - FIRST_TOKEN)
-    counts, expected = np.bincount(fronts), 2000 / (48 - 14 + 1)
-    assert len(counts) == 48 - 14 + 1
+    length, num_sentences, num_epochs = 3 * 16, 10, 300
+    corpus = Corpus([[length]] * num_sentences)
+    order = packed(corpus, 16, 0.0, 0)
+    pieces = np.array([pair.a for epoch in range(num_epochs) for pair in all_pairs(order, epoch)]) - FIRST_TOKEN
+    assert (np.diff(pieces, axis=1) == 1).all()
+    assert len(np.unique(pieces)) == num_sentences * length, "every token of every sentence"
+    counts, num_places = np.bincount(pieces[:, 0] % length), length - 14 + 1
+    expected = num_epochs * num_sentences / num_places
+    assert len(counts) == num_places
     assert np.abs(counts - expected).max() < 5 * expected**0.5, "from any token on alike"
 
 
