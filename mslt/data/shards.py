@@ -189,11 +189,6 @@ class Shards:
         return self.manifest.splits[self.split].sentences
 
     @property
-    def sentence_lengths(self) -> np.ndarray:
-        """uint32 [num_sentences], in tokens; worked out at every call."""
-        return np.diff(self.token_starts).astype(np.uint32)
-
-    @property
     def vocab_size(self) -> int:
         return self.manifest.tokenizer.vocab_size
 
