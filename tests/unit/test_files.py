@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -109,3 +110,15 @@ def test_hashes_are_sha256(tmp_path: Path) -> None:
 def test_equal_values_have_one_canonical_text() -> None:
     assert canonical_json({"b": 1, "a": [1, {"d": None, "c": 0.1}]}) == '{"a":[1,{"c":0.1,"d":null}],"b":1}'
     assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.txt").write_text("before")
+    monkeypatch.setattr("mslt.files.os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; make room and run the same command again: .*a\.txt"):
+        write_text(tmp_path / "a.txt", "after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "before"

@@ -184,6 +184,19 @@ def test_the_way_a_path_is_written_does_not_alter_the_corpus(
     assert prepare(make_recipe(Path("text")), Path("again"), piece_bytes=2000)[0].hash == read_manifest(made).hash
 
 
+def test_a_title_that_looks_like_a_path_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "dump").mkdir()
+    pages = [
+        f"<page><title>../../{index}</title><ns>0</ns><revision><text>{make_text(index)}</text></revision></page>"
+        for index in range(20)
+    ]
+    (tmp_path / "dump/x.xml").write_text(f"<mediawiki>{''.join(pages)}</mediawiki>")
+    sources = [{"kind": "wikipedia", "path": str(tmp_path / "dump")}]
+    manifest, _ = prepare(make_recipe(tmp_path, sources=sources), tmp_path / "out")
+    assert manifest.sources[0].kept.documents == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dump", "out"]
+
+
 def test_a_pretrained_tokenizer_is_taken_as_it_is(made: Path, tmp_path: Path) -> None:
     odd = Tokenizer.from_file(str(made / "tokenizer/tokenizer.json"))
     odd.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
