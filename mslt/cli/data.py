@@ -163,12 +163,13 @@ def amount(amount: "Amount") -> str:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr where that is a terminal; yields the function that long work calls."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not sys.stderr.isatty():
         yield lambda stage, done_bytes, total_bytes: None
         return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(stage: str, done_bytes: int, total_bytes: int) -> None:
