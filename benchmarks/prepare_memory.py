@@ -110,7 +110,7 @@ def peaks(text: Path, shards: Path) -> tuple[int, int]:
     recipe = text / "data.yaml"
     recipe.write_text(yaml.safe_dump({"sources": sources, "vocabulary": {"size": 30522}}))
     command = [sys.executable, "-m", "mslt.cli.main", "data", "prepare", str(recipe), str(shards.resolve())]
-    parent = psutil.Popen([*command, "--workers", "2"], cwd=text, env=None)
+    parent = psutil.Popen([*command, "--workers", "2"], cwd=text)
     peak_bytes: dict[int, int] = defaultdict(int)
     while parent.poll() is None:
         for process in [parent, *children(parent)]:

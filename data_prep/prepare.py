@@ -5,7 +5,6 @@ and done, so a run killed at any moment goes on where it stopped. At the end the
 once, and OUT.work goes.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from data_prep.tokenizing import choose_split, tokenize_piece, zip_rules
 from data_prep.vocabulary import build_tokenizer, read_pretrained, read_vocabulary, save_tokenizer, train_vocabulary
 from mslt.data.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, read_manifest, write_manifest
 from mslt.errors import MsltError
-from mslt.files import canonical_json, fsync_folder, sha256_text, whole_file, whole_folder
+from mslt.files import canonical_json, fsync_folder, lock_alone, sha256_text, whole_file, whole_folder
 
 
 def prepare(
@@ -62,8 +61,9 @@ def prepare(
         if not (duplicates == KEPT).any():
             raise MsltError(f"sources: hold no text ({describe(list(map(read_dropped, documents)))}); add text")
         shards = build / "shards"
-        make_tokenizer(shards / TOKENIZER_FOLDER, tokenizer, recipe, documents, duplicates, progress)
-        markers = tokenize_all(shards, build, pieces, documents, duplicates, recipe, num_workers, progress)
+        rules = np.split(duplicates, np.cumsum(count_documents(documents))[:-1])
+        make_tokenizer(shards / TOKENIZER_FOLDER, tokenizer, recipe, documents, rules, progress)
+        markers = tokenize_all(shards, build, pieces, documents, rules, recipe, num_workers, progress)
         progress("writing the manifest", 0, 0)
         manifest = make_manifest(recipe, recipe_sha256, pieces, documents, shards, markers)
         write_manifest(shards, manifest)
@@ -128,11 +128,7 @@ def locked(work: Path) -> Iterator[None]:
     if work.exists() and not lock.exists() and (not work.is_dir() or any(work.iterdir())):
         raise MsltError(f"{work}: is in the way: the shards are prepared there; move it, or name another folder")
     work.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MsltError(f"{work}: another process prepares these shards; wait for it, or end it") from None
+    with lock_alone(lock, f"{work}: another process prepares these shards; wait for it, or end it"):
         yield
 
 
@@ -141,7 +137,8 @@ def clean_all(folder: Path, pieces: list[Piece], near: bool, num_workers: int, p
     folder.mkdir(exist_ok=True)
     paths = []
     for piece in pieces:
-        plain, sketched = folder / f"{piece.key}.parquet", folder / f"{piece.key}-sketched.parquet"
+        key = piece.key
+        plain, sketched = folder / f"{key}.parquet", folder / f"{key}-sketched.parquet"
         paths.append(sketched if near or sketched.exists() else plain)
     tasks = [
         Task((piece, path, near), piece.size_bytes, path.exists()) for piece, path in zip(pieces, paths, strict=True)
@@ -170,16 +167,12 @@ def find_duplicates(path: Path, documents: list[Path], recipe: DataRecipe, progr
     return np.load(path)
 
 
-def split_by_file(documents: list[Path], rules: np.ndarray) -> list[np.ndarray]:
-    return np.split(rules, np.cumsum(count_documents(documents))[:-1])
-
-
 def make_tokenizer(
     folder: Path,
     tokenizer: Tokenizer | None,
     recipe: DataRecipe,
     documents: list[Path],
-    duplicates: np.ndarray,
+    rules: list[np.ndarray],
     progress: Progress,
 ) -> None:
     if folder.exists():
@@ -187,7 +180,6 @@ def make_tokenizer(
     wanted = recipe.vocabulary
     if tokenizer is None:
         progress("training the vocabulary", 0, 0)
-        rules = split_by_file(documents, duplicates)
         tokens = train_vocabulary(
             lambda: train_texts(documents, rules, recipe), wanted.size, wanted.lowercase, wanted.min_frequency
         )
@@ -213,14 +205,13 @@ def tokenize_all(
     build: Path,
     pieces: list[Piece],
     documents: list[Path],
-    duplicates: np.ndarray,
+    rules: list[np.ndarray],
     recipe: DataRecipe,
     num_workers: int,
     progress: Progress,
 ) -> list[Path]:
     """The shards of every piece; returns the files that say what is in them."""
     markers = [build / f"{piece.index:05d}.json" for piece in pieces]
-    rules = split_by_file(documents, duplicates)
     tasks = [
         Task(
             (path, rules[i], shards, f"{i:05d}", markers[i], recipe.validation_share, recipe.min_document_tokens),

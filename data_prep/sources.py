@@ -58,11 +58,13 @@ def list_pieces(sources: tuple[Source, ...], piece_bytes: int = PIECE_BYTES) -> 
     pieces: list[Piece] = []
     for source_index, source in enumerate(sources):
         held: list[Part] = []
+        held_bytes = 0
         for part in reader(source).list_parts(source):
-            if held and sum(p.size_bytes for p in held) + part.size_bytes > piece_bytes:
+            if held and held_bytes + part.size_bytes > piece_bytes:
                 pieces.append(Piece(len(pieces), source_index, source, tuple(held)))
-                held = []
+                held, held_bytes = [], 0
             held.append(part)
+            held_bytes += part.size_bytes
         pieces.append(Piece(len(pieces), source_index, source, tuple(held)))
     return pieces
 

@@ -4,14 +4,18 @@ What a killed process left under the temporary name is overwritten by the next t
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mslt.errors import MsltError
 
 
 def sha256_text(text: str) -> str:
@@ -44,6 +48,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def lock_alone(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` for this process; the system lets go when it ends, however it ends. MsltError `busy`
+    when another process holds it; a warning where the file system has no locks."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MsltError(busy) from None
+        except OSError as error:
+            print(f"warning: {path.parent}: cannot be locked ({error}); start no second run in it", file=sys.stderr)
+        yield
 
 
 @contextmanager

@@ -10,9 +10,7 @@ run/
     summary.json                             its presence is DONE
 """
 
-import fcntl
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mslt.errors import MsltError
-from mslt.files import write_json, write_text
+from mslt.files import lock_alone, write_json, write_text
 from mslt.plan import Plan, difference
 
 # What a run killed while it was being made can have left.
@@ -110,15 +108,8 @@ def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any
 def lock_run(run: RunDir) -> Iterator[None]:
     """Hold the run directory for this process; the system lets go when it ends, however it ends. MsltError when
     another process trains in it."""
-    with open(run.path / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MsltError(
-                f"{run.path}: another process is training in this run directory; wait for it, or end it"
-            ) from None
-        except OSError as error:
-            print(f"warning: {run.path}: cannot be locked ({error}); start no second run in it", file=sys.stderr)
+    busy = f"{run.path}: another process is training in this run directory; wait for it, or end it"
+    with lock_alone(run.path / ".lock", busy):
         yield
 
 
