@@ -61,7 +61,11 @@ class DataConfig(Frozen):
 
 
 class MsltSchedule(Frozen):
-    """Multi-stage layerwise training: k growing stages, then all layers for `retrain_share` of the steps."""
+    """Multi-stage layerwise training: k growing stages, then all layers for `retrain_share` of the steps.
+
+    `optimizer_state` says what becomes of the optimizer's moments when a stage begins: `reset` to 0, or `carry` those
+    of the stage before, by name, copied layers with their source's.
+    """
 
     name: Literal["mslt"]
     k: PositiveInt
@@ -69,6 +73,7 @@ class MsltSchedule(Frozen):
     retrain_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     learning_rate: Literal["global", "per_stage"] = "global"
     frozen_dropout: bool = True
+    optimizer_state: Literal["reset", "carry"] = "reset"
 
     @property
     def retrain_steps(self) -> int:
@@ -84,25 +89,55 @@ class FullSchedule(Frozen):
 
 class TrainingConfig(Frozen):
     """`batch_size` counts samples of one optimizer step over all workers; `micro_batch_size` is the most that one
-    worker computes at once. `clip_norm` 0 switches clipping off."""
+    worker computes at once. `clip_norm` 0 switches clipping off. `skip_bad_batches` is how many steps of a stage may be
+    left out because their gradient is not finite; one more stops the run (fp16's overflows do not count)."""
 
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 128
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    skip_bad_batches: NonNegativeInt = 0
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
 
 class OptimizerConfig(Frozen):
-    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2). `learning_rate` is the peak of the schedule."""
+    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) or AdamW. `learning_rate` is the peak of the schedule.
 
-    name: Literal["lamb"] = "lamb"
+    Variants of LAMB: `bias_correction` false as in the authors' BERT code; `trust_ratio_bounds` (lowest, highest), as
+    DeepSpeed's FusedLamb does with (0.01, 10); `normalize_gradient` divides the gradient by its norm over all tensors
+    before anything else, instead of clipping it (NVLAMB: NVIDIA 2019, "Pretraining BERT with layer-wise adaptive
+    learning rates", developer blog). `implementation` foreach runs everywhere; apex is NVIDIA's FusedLAMB, on GPUs
+    without ZeRO, where it is installed and shows at the start that it makes the same update.
+    """
+
+    name: Literal["lamb", "adamw"] = "lamb"
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: NonNegativeInt
     beta1: Probability = 0.9
     beta2: Probability = 0.999
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    bias_correction: bool = True
+    trust_ratio_bounds: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
+    normalize_gradient: bool = False
+    implementation: Literal["foreach", "apex"] = "foreach"
+
+    @model_validator(mode="after")
+    def options_fit(self) -> "OptimizerConfig":
+        if self.trust_ratio_bounds is not None:
+            lowest, highest = self.trust_ratio_bounds
+            if self.name != "lamb":
+                raise ValueError(f"trust_ratio_bounds is for lamb; {self.name} has no trust ratio; remove it")
+            if lowest > highest:
+                raise ValueError(f"trust_ratio_bounds {lowest}, {highest}: the lowest comes first")
+        if self.implementation == "apex" and (
+            self.name != "lamb" or self.trust_ratio_bounds is not None or not self.weight_decay
+        ):
+            raise ValueError(
+                "implementation apex is for lamb with weight_decay and without trust_ratio_bounds (FusedLAMB adapts "
+                "what decays); write foreach"
+            )
+        return self
 
 
 class WatchConfig(Frozen):

@@ -13,12 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 
 from mslt.errors import MsltError
 
 GRACE_S = 10  # between asking the group to end and ending it
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LEAVE_S = 300  # between asking the workers to save and leave, and ending the group
+SAVE_AND_LEAVE = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns with the second, and ends a job with the first
+LEAVE = (signal.SIGINT, signal.SIGHUP)
+WORKER_MODULE = "mslt.cli.worker"
 
 
 def num_workers_here(asked: int | None) -> int:
@@ -32,7 +36,8 @@ def num_workers_here(asked: int | None) -> int:
 def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     """Start the workers on this machine through DeepSpeed's launcher, wait, and return its exit status.
 
-    SIGINT, SIGTERM and SIGHUP go on to the whole process group, and are the status then, negative.
+    A signal of SAVE_AND_LEAVE goes on to the workers (DeepSpeed's own processes would end them at once), a second one
+    and those of LEAVE to the whole process group. The first signal is the status then, negative.
     """
     environment = dict(os.environ)
     where = ["--num_gpus", str(num_workers)]
@@ -44,7 +49,7 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull, *where),
         *("--master_addr", "127.0.0.1", "--master_port", str(_free_port())),
-        *("--no_local_rank", "--module", "mslt.cli.worker"),
+        *("--no_local_rank", "--module", WORKER_MODULE),
         *(recipe, "--run-dir", str(run_dir), "--shards", str(shards)),
     ]
     received: list[int] = []
@@ -53,17 +58,26 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     def stop(signal_number: int, _: FrameType | None) -> None:
         received.append(signal_number)
         for leader in group:
-            with suppress(ProcessLookupError):
-                os.killpg(leader, signal_number)
+            asked = _workers(leader) if signal_number in SAVE_AND_LEAVE and len(received) == 1 else []
+            for worker in asked:
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal_number)
+            if not asked:
+                with suppress(ProcessLookupError):
+                    os.killpg(leader, signal_number)
 
-    previous = {number: signal.signal(number, stop) for number in PASSED_ON}
+    previous = {number: signal.signal(number, stop) for number in (*SAVE_AND_LEAVE, *LEAVE)}
     try:
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         group.append(process.pid)
         if received:
             stop(received[0], None)
-        status = process.wait()
-        return -received[0] if received else status
+        while not received:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=1)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=LEAVE_S)
+        return -received[0]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -81,6 +95,13 @@ def _visible_gpus(environment: dict[str, str]) -> list[str]:
     if not all(index.isdecimal() for index in indices):
         raise MsltError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher takes indices only, such as 0,1")
     return indices
+
+
+def _workers(leader: int) -> list[psutil.Process]:
+    try:
+        return [p for p in psutil.Process(leader).children(recursive=True) if WORKER_MODULE in p.cmdline()]
+    except psutil.Error:
+        return []
 
 
 def _end_group(leader: int) -> None:

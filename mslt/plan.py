@@ -49,6 +49,7 @@ class Stage(Frozen):
     """One stretch of training with a fixed depth and a fixed trainable set.
 
     `sources` has one entry for each layer: the index of the layer of the stage before that it copies, or `random`.
+    `optimizer_state` is `carry` where the moments of the stage before go on, `reset` where they start at 0.
     `first_sample` is the position in the data: samples consumed before this stage, counted on over stages.
     """
 
@@ -56,6 +57,7 @@ class Stage(Frozen):
     sources: tuple[NonNegativeInt | Literal["random"], ...]
     trainable: tuple[str, ...]
     frozen_dropout: bool
+    optimizer_state: Literal["reset", "carry"]
     steps: PositiveInt
     learning_rate: LearningRate
     batch_size: PositiveInt
@@ -103,6 +105,7 @@ class Plan(Frozen):
     shards_sha256: str | None
     optimizer: OptimizerConfig
     clip_norm: float
+    skip_bad_batches: NonNegativeInt
     engine: dict[str, Any]
     stages: tuple[Stage, ...]
 

@@ -5,16 +5,15 @@ The parent process and every worker open a recipe the same way.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 
 from mslt.config import Recipe, load_recipe
 from mslt.data.manifest import SPLITS, Manifest, read_manifest
 from mslt.data.order import SampleOrder
 from mslt.data.shards import open_shards
-from mslt.engine.ds_config import read_engine_config
+from mslt.engine.ds_config import autocast_dtype, read_engine_config
+from mslt.engine.gpus import check_gpus
 from mslt.errors import MsltError
 from mslt.plan import Plan, micro_batch_size
 from mslt.provenance import provenance
@@ -41,22 +40,13 @@ def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None, nu
     folder = shards or Path(recipe.data.shards)
     manifest = read_manifest(folder)
     plan = make_plan(recipe, engine, manifest.hash)
-    _check_device(recipe, engine)
+    check_gpus(autocast_dtype(engine))
     _check_shards(recipe, folder, manifest)
     for stage in plan.stages:
         micro_batch_size(stage, num_workers)
     run_path = run_dir or Path("runs") / Path(name_or_path).stem
     recipe_text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     return Opened(recipe, plan, open_run(run_path, plan, recipe_text, provenance()), folder)
-
-
-def _check_device(recipe: Recipe, engine: dict[str, Any]) -> None:
-    wants_bf16 = engine.get("torch_autocast", {}).get("dtype") == "bfloat16"
-    if wants_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise MsltError(
-            f"engine {recipe.engine}: {torch.cuda.get_device_name()} has no bf16; write `engine: zero0_fp16` in a "
-            "recipe that extends this one"
-        )
 
 
 def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mslt.config import FullSchedule, MsltSchedule, Recipe
+from mslt.errors import MsltError
 from mslt.plan import HEAD_SLOTS, NEXT_SENTENCE_SLOTS, LearningRate, Plan, Stage, all_slots, layer_slots
 
 Source = int | Literal["random"]
@@ -48,19 +49,32 @@ def mslt(depth: int, k: int, steps: int, retrain_steps: int) -> list[Growth]:
     return stages
 
 
+def refuse_apex_where_it_is_wrong(recipe: Recipe, engine: dict[str, Any]) -> None:
+    """MsltError for NVIDIA's LAMB with ZeRO's partitions, whose norms it would take for parameters', and with moments
+    carried over growth, which come with a step count each."""
+    zero_stage = engine.get("zero_optimization", {}).get("stage", 0)
+    carries = isinstance(recipe.schedule, MsltSchedule) and recipe.schedule.optimizer_state == "carry"
+    if recipe.optimizer.implementation == "apex" and (zero_stage or carries):
+        why = "schedule.optimizer_state carry" if carries else f"engine {recipe.engine} (ZeRO-{zero_stage})"
+        raise MsltError(f"optimizer.implementation apex: makes another update with {why}; write foreach")
+
+
 def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None = None) -> Plan:
     """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage."""
+    refuse_apex_where_it_is_wrong(recipe, engine)
     schedule, training = recipe.schedule, recipe.training
     depth = recipe.model.num_hidden_layers
     if isinstance(schedule, MsltSchedule):
         growths = mslt(depth, schedule.k, schedule.steps, schedule.retrain_steps)
         per_stage, frozen_dropout = schedule.learning_rate == "per_stage", schedule.frozen_dropout
+        optimizer_state = schedule.optimizer_state
     else:
         assert isinstance(schedule, FullSchedule)
-        growths, per_stage, frozen_dropout = full(depth, schedule.steps), False, True
+        growths, per_stage, frozen_dropout, optimizer_state = full(depth, schedule.steps), False, True, "reset"
 
     unused = () if recipe.data.next_sentence_prediction else NEXT_SENTENCE_SLOTS
-    stages, first_step = [], 0
+    stages: list[Stage] = []
+    first_step = 0
     for growth in growths:
         rate = LearningRate(
             peak=recipe.optimizer.learning_rate,
@@ -74,6 +88,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
                 sources=growth.sources,
                 trainable=tuple(slot for slot in growth.trainable if slot not in unused),
                 frozen_dropout=frozen_dropout,
+                optimizer_state=optimizer_state if stages else "reset",
                 steps=growth.steps,
                 learning_rate=rate,
                 batch_size=training.batch_size,
@@ -90,6 +105,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
         shards_sha256=shards_sha256,
         optimizer=recipe.optimizer,
         clip_norm=training.clip_norm,
+        skip_bad_batches=training.skip_bad_batches,
         engine=engine,
         stages=tuple(stages),
     )

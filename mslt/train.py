@@ -3,10 +3,12 @@
 stage base → fresh module → freeze → engine → (newest checkpoint) → steps → model folder → DONE
 """
 
+import hashlib
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from mslt.data import keyed
 from mslt.data.loader import EVALUATION_SEED, Samples, evaluation_batches, training_batches
 from mslt.data.shards import Shards, open_shards
 from mslt.engine import checkpoint
+from mslt.engine.ds_config import autocast_dtype, remarks, zero_stage
 from mslt.engine.engine import Engine, Workers
+from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
 from mslt.files import sha256_file, write_json
 from mslt.models import factory
 from mslt.models.checkpoint import load_state, save_base, save_model_folder
-from mslt.models.families import FAMILIES
+from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import freeze
 from mslt.models.surgery import State, rebuild
@@ -33,10 +37,12 @@ from mslt.rundir import RunDir
 from mslt.schedule import lr_at
 from mslt.watch import Watch
 
+EXPLODED = 2.0  # times the loss of a model that knows nothing
+
 
 @dataclass(frozen=True)
 class Job:
-    """All that a stage needs to know besides its number."""
+    """All that a stage needs to know besides its number. `wants_to_stop` says whether this rank was told to leave."""
 
     plan: Plan
     run: RunDir
@@ -44,6 +50,8 @@ class Job:
     training: Shards
     heldout: Shards
     workers: Workers
+    writer: checkpoint.Writer
+    wants_to_stop: Callable[[], bool]
 
 
 @dataclass
@@ -60,27 +68,52 @@ class Progress:
         self.spent_s[kind] = self.spent_s.get(kind, 0.0) + seconds
 
 
-def train(plan: Plan, run: RunDir, shards: Path, watch: WatchConfig, workers: Workers) -> None:
-    """Run every stage that is not DONE. All ranks call this; the run directory is shared between them."""
-    job = Job(plan, run, watch, open_shards(shards, "train"), open_shards(shards, "validation"), workers)
+def train(
+    plan: Plan, run: RunDir, shards: Path, watch: WatchConfig, workers: Workers, wants_to_stop: Callable[[], bool]
+) -> None:
+    """Run every stage that is not DONE. All ranks call this; the run directory is shared between them.
+
+    Returns early, after a checkpoint, when a rank is told to leave, and with ZeRO-3 after every stage: its partitioned
+    module cannot be let go of, so a new launch takes the next one.
+    """
+    training, heldout = (open_shards(shards, split) for split in ("train", "validation"))
+    job = Job(plan, run, watch, training, heldout, workers, checkpoint.Writer(workers.rank), wants_to_stop)
+    if workers.rank == 0:
+        for line in remarks(plan, workers.size):
+            print(f"warning: {line}", file=sys.stderr)
     while (stage_index := workers.broadcast(run.first_unfinished(plan))) is not None:
         run_stage(job, stage_index)
+        if any(workers.gather(wants_to_stop())) or zero_stage(plan.engine) == 3:
+            break
+    job.writer.close()
+
+
+def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
+    """The stage's model from its base, frozen, with its loss: a fresh module."""
+    stage = plan.stages[stage_index]
+    model = factory.build(plan.model, stage.depth, base)
+    freeze(model, stage.trainable)
+    still = () if stage.frozen_dropout else stage.frozen
+    dtype = autocast_dtype(plan.engine)
+    return PretrainingLoss(
+        model,
+        lowest_graph_layer(stage.trainable, stage.depth),
+        still,
+        plan.data.next_sentence_prediction,
+        None if dtype is None else getattr(torch, dtype),
+    )
 
 
 def run_stage(job: Job, stage_index: int) -> None:
     """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on."""
     plan, workers = job.plan, job.workers
-    stage, where = plan.stages[stage_index], job.run.stage(stage_index)
+    where = job.run.stage(stage_index)
     if workers.rank == 0:
         _ensure_base(job, stage_index)
     workers.barrier()
 
-    model = factory.build(plan.model, stage.depth, load_state(where.base))
-    freeze(model, stage.trainable)
-    still = () if stage.frozen_dropout else stage.frozen
-    boundary = lowest_graph_layer(stage.trainable, stage.depth)
-    module = PretrainingLoss(model, boundary, still, plan.data.next_sentence_prediction)
-    engine = Engine(module, stage, plan.first_step(stage_index), plan.optimizer, plan.clip_norm, plan.engine, workers)
+    base = load_state(where.base)
+    engine = Engine(build_module(plan, stage_index, base), plan, stage_index, workers)
     progress = _resume(job, stage_index, engine)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
     try:
@@ -88,55 +121,104 @@ def run_stage(job: Job, stage_index: int) -> None:
     finally:
         if watcher is not None:
             watcher.close()
-    if workers.rank == 0:
-        _finish(job, stage_index, engine, progress)
+    job.writer.wait()
+    if progress.step == plan.stages[stage_index].steps:
+        _finish(job, stage_index, engine, progress, base)
     engine.close()
     workers.barrier()
 
 
 def _ensure_base(job: Job, stage_index: int) -> None:
-    """Make the stage base from the model of the stage before, or check the one that is there. Rank 0 only."""
+    """Make the stage base from the model of the stage before, or check the one that is there; and see to it that what
+    the optimizer hands over from that stage is not lost. Rank 0 only."""
     plan, stage, where = job.plan, job.plan.stages[stage_index], job.run.stage(stage_index)
     if where.base_description.exists():
         if sha256_file(where.base) != json.loads(where.base_description.read_text())["sha256"]:
             raise MsltError(f"{where.base}: does not have the sha256 in {where.base_description.name}; delete both, "
                             "they are made anew from the stage before")  # fmt: skip
+    else:
+        before: State = {}
+        origin: dict[str, Any] = {"plan": plan.digest(), "stage": stage_index + 1, "sources": stage.sources}
+        if stage_index:
+            parent = job.run.stage(stage_index - 1).model
+            before = factory.own_state(factory.read_model(parent))
+            origin["parent"] = str(parent.relative_to(job.run.path))
+        fresh = None
+        if "random" in stage.sources:
+            seed = keyed.torch_seed(stage.seed, "initialise", stage_index)
+            fresh = factory.initial_state(plan.model, stage.depth, seed)
+        grown = rebuild(before, stage.sources, FAMILIES[plan.model.family], fresh)
+        save_base(where.base, where.base_description, grown, origin)
+    if stage_index and checkpoint.newest_valid(where.checkpoints, _base_sha256(job, stage_index))[0] is None:
+        _hand_over(job, stage_index)
+
+
+def _hand_over(job: Job, stage_index: int) -> None:
+    """Commit checkpoint 0 of the stage: what its optimizer takes over from the end of the stage before. The loss scale
+    always; the moments too where the plan carries them, each layer's from the layer that it is a copy of."""
+    plan, stage = job.plan, job.plan.stages[stage_index]
+    parent = job.run.stage(stage_index - 1)
+    last, passed_over = checkpoint.newest_valid(parent.checkpoints, _base_sha256(job, stage_index - 1))
+    if last is None or last.step != plan.stages[stage_index - 1].steps:
+        lost = "; ".join(passed_over) or f"{parent.checkpoints}: holds no checkpoint of its last step"
+        if stage.optimizer_state == "carry":
+            raise MsltError(
+                f"stage {stage_index + 1} carries the optimizer's state of the stage before, and that is lost "
+                f"({lost}); delete {parent.summary} and the last steps of that stage are taken again"
+            )
+        print(f"warning: the loss scale starts anew in stage {stage_index + 1} ({lost})", file=sys.stderr)
         return
-    before: State = {}
-    origin: dict[str, Any] = {"plan": plan.digest(), "stage": stage_index + 1, "sources": stage.sources}
-    if stage_index:
-        parent = job.run.stage(stage_index - 1).model
-        before = factory.own_state(factory.read_model(parent))
-        origin["parent"] = str(parent.relative_to(job.run.path))
-    fresh = None
-    if "random" in stage.sources:
-        seed = keyed.torch_seed(stage.seed, "initialise", stage_index)
-        fresh = factory.initial_state(plan.model, stage.depth, seed)
-    grown = rebuild(before, stage.sources, FAMILIES[plan.model.family], fresh)
-    save_base(where.base, where.base_description, grown, origin)
+    tensors = {}
+    if stage.optimizer_state == "carry":
+        family, sizes = FAMILIES[plan.model.family], {n: t.numel() for n, t in load_state(parent.base).items()}
+        with last.open() as shares:
+            for kind in (*STATE, "step"):
+                held = shares.whole(kind)  # not of what was frozen: that starts at 0
+                before = {name: held.get(name, torch.zeros(1 if kind == "step" else sizes[name])) for name in sizes}
+                for name, tensor in rebuild(before, stage.sources, family, fresh={}).items():
+                    if slot_of(family, name) in stage.trainable:
+                        tensors[f"{kind}/{name}/0"] = tensor
+    scale = {key: value for key, value in last.manifest["engine"].items() if key == "loss_scale"}
+    about = _about(job, stage_index, scale, Progress())
+    checkpoint.commit(job.run.stage(stage_index).checkpoints, 0, tensors, about)
+
+
+def _base_sha256(job: Job, stage_index: int) -> str:
+    return str(json.loads(job.run.stage(stage_index).base_description.read_text())["sha256"])
+
+
+def _about(job: Job, stage_index: int, engine_numbers: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides its files."""
+    return {
+        "base_sha256": _base_sha256(job, stage_index),
+        "plan": job.plan.digest(),
+        "stage": stage_index + 1,
+        "world_size": job.workers.size,
+        "engine": engine_numbers,
+        "progress": asdict(progress),
+    }
 
 
 def _resume(job: Job, stage_index: int, engine: Engine) -> Progress:
     """Load the newest valid checkpoint, chosen by rank 0, into the engine. Returns what was done so far."""
-    where = job.run.stage(stage_index)
     chosen = None
     if job.workers.rank == 0:
-        base_sha256 = json.loads(where.base_description.read_text())["sha256"]
-        chosen, passed_over = checkpoint.newest_valid(where.checkpoints, base_sha256)
+        where = job.run.stage(stage_index)
+        chosen, passed_over = checkpoint.newest_valid(where.checkpoints, _base_sha256(job, stage_index))
         for line in passed_over:
             print(f"warning: {line}", file=sys.stderr)
-        if chosen is not None:
+        if chosen is not None and chosen.step:
             print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
     chosen = job.workers.broadcast(chosen)
     if chosen is None:
         return Progress()
-    engine.load(chosen.tensors(), chosen.manifest["engine"])
-    engine.reduced_bytes = chosen.manifest["reduced_bytes"]
+    with chosen.open() as shares:
+        engine.load(shares.read, chosen.manifest["engine"])
     return Progress(**chosen.manifest["progress"])
 
 
 def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watcher: Watch | None) -> None:
-    """The step loop, from `progress` to the end of the stage."""
+    """The step loop, from `progress` to the end of the stage, or to where a rank wants to stop."""
     stage, workers, watch = job.plan.stages[stage_index], job.workers, job.watch
     run_steps, run_s = job.plan.first_step(stage_index), _seconds_before(job, stage_index)
     samples = Samples(job.training, job.plan.data, stage.sequence_length, stage.seed)
@@ -145,26 +227,29 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
         progress.evaluation_before = _evaluate(job, stage_index, engine, heldout, progress, watcher)
     batches = training_batches(samples, stage, workers.rank, workers.size, progress.step, watch.loader_workers)
     sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
-    while progress.step < stage.steps:
+    at_end = must_stop = False
+    while progress.step < stage.steps and not must_stop:
         with engine.clock.span("data"):
             batch = next(batches)
         rate = lr_at(stage, progress.step)
-        sums += engine.train_step(batch, progress.step, rate)
+        sums += engine.train_step(batch, progress.step, rate, job.wants_to_stop())
         progress.step, since_log = progress.step + 1, since_log + 1
         if watcher is not None:
             watcher.advance(progress.step)
+        _refuse_bad_batches(job, stage_index, engine, progress)
+        job.writer.raise_if_failed()
 
-        at_end = progress.step == stage.steps
+        must_stop, at_end = engine.someone_wants_to_stop(), progress.step == stage.steps
         must_evaluate = at_end or (watch.evaluate_every > 0 and progress.step % watch.evaluate_every == 0)
-        must_save = progress.step % watch.checkpoint_every == 0 and not at_end
+        must_save = at_end or must_stop or progress.step % watch.checkpoint_every == 0
         if not (must_evaluate or must_save or progress.step % watch.log_every == 0):
             continue
-        means = _means(workers.sum(sums))
-        _refuse_divergence(means, stage_index, progress.step, job.run)
+        means, scalars = _means(workers.sum(sums)), engine.scalars()
+        _refuse_divergence(job, stage_index, progress.step, means, scalars)
         seconds = time.perf_counter() - logged
         for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
             progress.spend(kind, kind_s)
-        if watcher is not None:
+        if watcher is not None and means:
             watcher.log(
                 {
                     "kind": "train",
@@ -173,7 +258,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
                     "samples": stage.first_sample + progress.step * stage.batch_size,
                     **means,
                     "learning_rate": rate,
-                    **engine.scalars(),
+                    **scalars,
                     "train_s": run_s + progress.spent_s["train"],
                     "samples_per_s": since_log * stage.batch_size / seconds,
                 }
@@ -197,13 +282,40 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
     return means
 
 
-def _refuse_divergence(means: dict[str, float], stage_index: int, step: int, run: RunDir) -> None:
+def _refuse_divergence(
+    job: Job, stage_index: int, step: int, means: dict[str, float], scalars: dict[str, float]
+) -> None:
+    """MsltError where training cannot be saved any more. Called before a checkpoint, so that those there are good."""
+    found = None
+    unlearned = math.log(job.plan.model.vocab_size)
     if not all(map(math.isfinite, means.values())):
+        found = "the loss is no longer finite"
+    elif not math.isfinite(scalars["gradient_norm"]) and "loss_scale" not in scalars and not job.plan.skip_bad_batches:
+        found = "the gradient is no longer finite"
+    elif scalars.get("loss_scale", 1.0) < 1.0:
+        found = f"the loss scale has fallen to {scalars['loss_scale']:g}: no gradient is finite"
+    elif means.get("mlm_loss", 0.0) > EXPLODED * unlearned:
+        found = f"the MLM loss is {means['mlm_loss']:.2f}, and a model that knows nothing has {unlearned:.2f}"
+    if found is not None:
         raise MsltError(
-            f"the loss is no longer finite at step {step} of stage {stage_index + 1} (checkpoints before it: "
-            f"{run.stage(stage_index).checkpoints}). Lower optimizer.learning_rate or lengthen optimizer.warmup_steps, "
-            "and start a new run directory"
+            f"{found} at step {step} of stage {stage_index + 1} ({_last_good(job, stage_index)}). Lower "
+            "optimizer.learning_rate or lengthen optimizer.warmup_steps, and start a new run directory"
         )
+
+
+def _refuse_bad_batches(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
+    if engine.left_out_steps > job.plan.skip_bad_batches:
+        raise MsltError(
+            f"the gradient is not finite at step {progress.step} of stage {stage_index + 1}, for the "
+            f"{engine.left_out_steps}. time; training.skip_bad_batches allows {job.plan.skip_bad_batches} "
+            f"({_last_good(job, stage_index)}). Raise it, or lower optimizer.learning_rate, in a new run directory"
+        )
+
+
+def _last_good(job: Job, stage_index: int) -> str:
+    job.writer.wait()
+    newest, _ = checkpoint.newest_valid(job.run.stage(stage_index).checkpoints, _base_sha256(job, stage_index))
+    return f"last good checkpoint: {newest.path if newest else job.run.stage(stage_index).base}"
 
 
 def _evaluate(
@@ -223,28 +335,21 @@ def _evaluate(
 
 
 def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
-    """Commit a checkpoint of the present state."""
+    """Start writing a checkpoint of the present state; the loop goes on when the state is copied."""
     started = time.perf_counter()
-    if job.workers.rank == 0:
-        where = job.run.stage(stage_index)
-        tensors, numbers = engine.save()
-        about = {
-            "base_sha256": json.loads(where.base_description.read_text())["sha256"],
-            "plan": job.plan.digest(),
-            "stage": stage_index + 1,
-            "world_size": job.workers.size,
-            "engine": numbers,
-            "reduced_bytes": engine.reduced_bytes,
-            "progress": asdict(progress),
-        }
-        checkpoint.commit(where.checkpoints, progress.step, tensors, about)
-    job.workers.barrier()
+    tensors, numbers = engine.save()
+    about = _about(job, stage_index, numbers, progress)
+    job.writer.write(job.run.stage(stage_index).checkpoints, progress.step, tensors, about)
     progress.spend("checkpoint", time.perf_counter() - started)
 
 
-def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
-    """Write the model folder, then the summary that says DONE. Rank 0 only."""
+def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, base: State) -> None:
+    """Check the stage's promises, write the model folder, then the summary that says DONE."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
+    state = engine.export_state()
+    _refuse_moved_weights(job, stage_index, state, base)
+    if job.workers.rank > 0:
+        return
     origin = {
         "plan": job.plan.digest(),
         "stage": stage_index + 1,
@@ -252,21 +357,42 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> N
         "parent": str(where.base.relative_to(job.run.path)),
         **provenance(),
     }
-    model = factory.build(job.plan.model, stage.depth, engine.export_state())
+    model = factory.build(job.plan.model, stage.depth, state)
     save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
+    checkpoint.keep_only(where.checkpoints, stage.steps)  # the next stage takes over from it
     summary = {
         "stage": stage_index + 1,
         "depth": stage.depth,
-        "trainable_parameters": sum(p.numel() for p in engine.trainable().values()),
+        "trainable_parameters": sum(engine.sizes.values()),
         "steps": stage.steps,
+        "left_out_steps": engine.left_out_steps,
         "samples": stage.steps * stage.batch_size,
         "world_size": job.workers.size,
         "evaluation_before": progress.evaluation_before,
         "evaluation_after": progress.evaluation_after,
         "spent_s": {name: round(seconds, 3) for name, seconds in progress.spent_s.items()},
-        "reduced_bytes": engine.reduced_bytes,
+        "reduced_bytes": engine.handed_bytes["all_reduce"] + engine.handed_bytes["reduce_scatter_tensor"],
+        "gathered_bytes": engine.handed_bytes["all_gather_into_tensor"],
     }
     write_json(where.summary, summary)
+
+
+def _refuse_moved_weights(job: Job, stage_index: int, state: State, base: State) -> None:
+    """Frozen weights must be the base's, on every rank; and all ranks must have come to the same weights."""
+    family, stage = FAMILIES[job.plan.model.family], job.plan.stages[stage_index]
+    frozen = [name for name in state if slot_of(family, name) in stage.frozen]
+    moved = [name for name in frozen if not torch.equal(state[name], base[name])]
+    digest = hashlib.sha256()
+    for tensor in state.values():
+        digest.update(tensor.numpy().data)
+    for rank, (rank_moved, rank_digest) in enumerate(ranks := job.workers.gather((moved, digest.hexdigest()))):
+        if rank_moved:
+            raise MsltError(
+                f"stage {stage_index + 1}: frozen weights moved on rank {rank}: {', '.join(rank_moved[:5])}. The "
+                f"machine or its software is at fault; {job.run.stage(stage_index).checkpoints} holds the last state"
+            )
+        if rank_digest != ranks[0][1] and job.workers.rank == 0:
+            print(f"warning: rank {rank} has come to other weights than rank 0, whose are kept", file=sys.stderr)
 
 
 def _seconds_before(job: Job, stage_index: int) -> float:

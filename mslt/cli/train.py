@@ -20,7 +20,7 @@ def train(
 ) -> None:
     """Train a recipe, or go on where it stopped: the same command again continues."""
     from mslt.errors import MsltError
-    from mslt.launcher import launch, num_workers_here
+    from mslt.launcher import SAVE_AND_LEAVE, launch, num_workers_here
     from mslt.preflight import open_recipe
     from mslt.rundir import lock_run, read_summaries
 
@@ -32,6 +32,8 @@ def train(
             pass
         status = launch(recipe, run.path, opened.shards, num_workers)
         reached = run.first_unfinished(plan)
+        if reached is not None and -status in SAVE_AND_LEAVE:
+            raise MsltError(f"{run.path}: left in stage {reached + 1} of {len(plan.stages)}; the same command goes on")
         if reached is not None and (status != 0 or reached == unfinished):
             raise MsltError(
                 f"{run.path}: stopped in stage {reached + 1} of {len(plan.stages)} (launcher's status {status}, the "

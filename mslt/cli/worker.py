@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +18,14 @@ def main() -> None:
     options = parser.parse_args()
 
     from mslt.errors import MsltError
+    from mslt.launcher import SAVE_AND_LEAVE
 
+    told: list[int] = []
+    for number in SAVE_AND_LEAVE:
+        signal.signal(number, lambda received, _: told.append(received))
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _work(options.recipe, options.run_dir, options.shards)
+        _work(options.recipe, options.run_dir, options.shards, told)
     except (MsltError, OSError) as error:
         print(f"mslt: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.stderr.flush()
@@ -29,7 +34,7 @@ def main() -> None:
         os._exit(130)  # whoever pressed Ctrl-C knows; a traceback from every rank says nothing more
 
 
-def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
+def _work(recipe: str, run_dir: Path | None, shards: Path | None, told: list[int]) -> None:
     from mslt.engine.engine import quiet, start_workers
     from mslt.preflight import open_recipe
     from mslt.rundir import lock_run
@@ -43,7 +48,10 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None) -> None:
     if workers.rank == 0:
         workers.barrier()
     with lock_run(opened.run) if workers.rank == 0 else nullcontext():
-        train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers)
+        train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers, lambda: bool(told))
+    if workers.rank == 0 and (stage_index := opened.run.first_unfinished(opened.plan)) is not None:
+        why = f"saved and left on {signal.Signals(told[0]).name}" if told else "ZeRO-3 takes a launch for every stage"
+        print(f"{opened.run.path}: {why}; start again for stage {stage_index + 1}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """DeepSpeed's configuration: what only the engine knows, from a file, plus the numbers that the plan owns.
 
-Plain, so that `mslt plan` can read it. Low precision is `torch_autocast` on fp32 parameters: the masters are the
-parameters, so a stage boundary loses nothing. DeepSpeed's own `bf16` and `fp16` sections round the masters at every
-initialisation, and under ZeRO-0 they take a hidden optimizer step and leave the fp16 loss unscaled.
+Plain, so that `mslt plan` can read it. Low precision is autocast on fp32 parameters: the masters are the parameters,
+so a stage boundary loses nothing. DeepSpeed's own `bf16` and `fp16` sections round the masters at every initialisation,
+and under ZeRO-0 they take a hidden optimizer step and leave the fp16 loss unscaled. Its `torch_autocast` keeps the
+masters, but under ZeRO-1 to 3 in fp16 it clips the gradient before unscaling it, never lowers the scale after an
+overflow, and lets each rank decide alone whether to step. So `torch_autocast` is read here and done by mslt.
 """
 
 import json
@@ -10,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mslt.config import find_shipped
+from mslt.config import PositiveInt, find_shipped
 from mslt.errors import MsltError
-from mslt.plan import Stage
+from mslt.plan import Plan, Stage, micro_batch_size
 from mslt.validation import Frozen, mistakes, refuse
 
 # Numbers with another owner, and where that is.
@@ -26,8 +28,17 @@ _OWNED_BY_THE_RECIPE = {
 }
 
 
+# DeepSpeed allocates a bucket in every backward pass; its default of 5e8 elements is 2 GB, more than a BERT.
+_BUCKET_ELEMENTS = 20_000_000
+
+
 class ZeroSection(Frozen):
-    stage: Literal[0] = 0
+    """Bucket sizes are in elements. `overlap_comm` reduces beside the backward pass, on GPUs, with a second bucket."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    reduce_bucket_size: PositiveInt = _BUCKET_ELEMENTS
+    allgather_bucket_size: Annotated[int, Field(gt=0, strict=True, multiple_of=2)] = _BUCKET_ELEMENTS
+    overlap_comm: bool = False
 
 
 class AutocastSection(Frozen):
@@ -37,13 +48,11 @@ class AutocastSection(Frozen):
 
 class EngineConfig(Frozen):
     """The keys of DeepSpeed's that may be set. Others are refused: some change the gradient without a word
-    (`gradient_allreduce_op`, `managed_gradient_accumulation`), some are ignored under ZeRO-0."""
+    (`gradient_allreduce_op`, `managed_gradient_accumulation`), some are ignored."""
 
     zero_optimization: ZeroSection = ZeroSection()
     torch_autocast: AutocastSection | None = None
     communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
-    prescale_gradients: bool = False
-    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
 
 
 def read_engine_config(name_or_path: str) -> dict[str, Any]:
@@ -68,14 +77,48 @@ def read_engine_config(name_or_path: str) -> dict[str, Any]:
     return EngineConfig.model_validate(config).model_dump(mode="json", exclude_unset=True)
 
 
-def complete(config: dict[str, Any], stage: Stage, clip_norm: float, world_size: int) -> dict[str, Any]:
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def autocast_dtype(config: dict[str, Any]) -> Literal["bfloat16", "float16"] | None:
+    """The type that matrix products are computed in, None for fp32."""
+    section = config.get("torch_autocast", {})
+    return section["dtype"] if section.get("enabled") else None
+
+
+def remarks(plan: Plan, world_size: int) -> list[str]:
+    """What a user of this ZeRO stage should know before the run: it trains the same, but costs more than another."""
+    stage, found = zero_stage(plan.engine), []
+    times = max(s.batch_size // world_size // micro_batch_size(s, world_size) for s in plan.stages)
+    if stage >= 2 and times > 1 and world_size > 1:
+        found.append(
+            f"ZeRO-{stage} reduces the gradient after every micro-batch: {times} times the bytes of ZeRO-0 and 1 in "
+            "each step; raise training.micro_batch_size, or take a zero1 engine"
+        )
+    if stage == 3 and any(s.frozen for s in plan.stages):
+        found.append(
+            "ZeRO-3 gathers frozen weights in every step, so freezing saves no bytes there, and every stage takes a "
+            "launch of its own; zero0 to zero2 are for models that fit a GPU"
+        )
+    return found
+
+
+def complete(config: dict[str, Any], stage: Stage, world_size: int) -> dict[str, Any]:
     """What deepspeed.initialize is given. To DeepSpeed a worker's share of the batch is one micro-batch: our engine
-    accumulates over its parts and reduces once. Clipping is always written out: DeepSpeed's default became 1.0."""
+    tells it at which part to reduce. Clipping is the optimizer's; it is written out because DeepSpeed's default clips.
+    """
+    zero = ZeroSection.model_validate(config.get("zero_optimization", {})).model_dump()
+    if zero["stage"] in (1, 2):
+        zero["compute_grad_norm"] = False  # or DeepSpeed leaves out a step that is not finite, and says nothing
     return {
-        **config,
+        **{key: value for key, value in config.items() if key != "torch_autocast"},
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": stage.batch_size // world_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_norm,
+        "gradient_clipping": 0.0,
+        "prescale_gradients": zero["stage"] == 0,  # divide, then add, as ZeRO does: the sum of many overflows fp16
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it stops the GPU twice a step; the clock does not
     }

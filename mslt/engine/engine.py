@@ -2,7 +2,11 @@
 
 import gc
 import os
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -11,16 +15,16 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from mslt.config import OptimizerConfig
 from mslt.data import keyed
 from mslt.data.loader import Batch
 from mslt.engine.clock import Clock
-from mslt.engine.ds_config import complete
-from mslt.engine.optimizer import make_optimizer
+from mslt.engine.ds_config import autocast_dtype, complete, zero_stage
+from mslt.engine.optimizer import Lamb, LossScale, refuse_unequal_apex
+from mslt.engine.pieces import whole_pieces, zero_pieces
 from mslt.errors import MsltError
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.surgery import State
-from mslt.plan import Stage, micro_batch_size
+from mslt.plan import Plan, micro_batch_size
 
 _MLM_LOSS, _MLM_COUNT = SUMS.index("mlm_loss"), SUMS.index("mlm_count")
 _NSP_LOSS = SUMS.index("nsp_loss")
@@ -28,11 +32,12 @@ _NSP_LOSS = SUMS.index("nsp_loss")
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that train together."""
+    """This process among those that train together. `handed_bytes` counts what DeepSpeed hands to each collective."""
 
     rank: int
     size: int
     device: torch.device
+    handed_bytes: Counter[str] = field(default_factory=Counter)
 
     def barrier(self) -> None:
         torch.distributed.barrier()
@@ -42,6 +47,12 @@ class Workers:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (plain data) on every rank."""
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -62,70 +73,121 @@ def start_workers(timeout_minutes: int = 30) -> Workers:
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     device = torch.device(accelerator.current_device_name())
-    return Workers(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    workers = Workers(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    _count_bytes(workers.handed_bytes)
+    return workers
+
+
+# The collectives of DeepSpeed's training, and which of their tensors is the whole: a gather's output, else the input.
+_COLLECTIVES = {"all_reduce": 0, "reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
+
+
+def _count_bytes(handed: Counter[str]) -> None:
+    """Count the bytes of what DeepSpeed hands to its communication backend, by collective, from now on."""
+
+    def counted(name: str, whole: int, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*tensors: Any, **options: Any) -> Any:
+            given = [*tensors, *options.values()]
+            handed[name] += given[whole].numel() * given[whole].element_size()
+            return collective(*tensors, **options)
+
+        return call
+
+    backend = deepspeed.comm.comm.cdb
+    for name, whole in _COLLECTIVES.items():
+        setattr(backend, name, counted(name, whole, getattr(backend, name)))
 
 
 class Engine:
     """One stage's model, optimizer and DeepSpeed engine. Made fresh for every stage, never edited."""
 
-    def __init__(
-        self,
-        module: PretrainingLoss,
-        stage: Stage,
-        first_step: int,
-        optimizer: OptimizerConfig,
-        clip_norm: float,
-        ds_config: dict[str, Any],
-        workers: Workers,
-    ) -> None:
-        """`module` is frozen as the stage says; `first_step` is the run's step at which the stage begins."""
-        self.stage = stage
-        self.first_step = first_step
+    def __init__(self, module: PretrainingLoss, plan: Plan, stage_index: int, workers: Workers) -> None:
+        """`module` is frozen as the stage says, and computes in the precision of `plan.engine`."""
+        self.stage = plan.stages[stage_index]
+        self.first_step = plan.first_step(stage_index)
+        self.zero_stage = zero_stage(plan.engine)
         self.workers = workers
-        self.micro_batch_size = micro_batch_size(stage, workers.size)
+        self.micro_batch_size = micro_batch_size(self.stage, workers.size)
         self.clock = Clock(workers.device)
-        self.reduced_bytes = 0
-        config = complete(ds_config, stage, clip_norm, workers.size)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module, optimizer), config=config, dist_init_required=False
+        self.handed_bytes: Counter[str] = Counter()  # what DeepSpeed handed to collectives in steps, by collective
+        self.left_out_steps = 0
+        self._trainable = {n: p for n, p in module.model.named_parameters() if p.requires_grad}
+        self.sizes = {name: parameter.numel() for name, parameter in self._trainable.items()}
+        matrices = [name for name, parameter in self._trainable.items() if parameter.ndim > 1]
+        self._scale = LossScale() if autocast_dtype(plan.engine) == "float16" else None
+        if plan.optimizer.implementation == "apex":
+            refuse_unequal_apex(plan.optimizer, workers.device)
+        self._optimizer = Lamb(
+            self._trainable.values(), plan.optimizer, plan.clip_norm, self._scale, plan.skip_bad_batches > 0
         )
-        self._engine.enable_backward_allreduce = False  # train_step reduces, once
-        self._count_reduced_bytes()
-        self._scaler: torch.amp.GradScaler | None = self._engine.torch_autocast_z0_gradscaler
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        assert held == {id(p) for p in module.parameters() if p.requires_grad}, "optimizer and plan disagree"
+        self._config = complete(plan.engine, self.stage, workers.size)
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=self._config, dist_init_required=False
+        )
+        # Without ZeRO we reduce, once a step; with it, DeepSpeed reduces in the backward pass.
+        self._engine.enable_backward_allreduce = self.zero_stage > 0
+        if self.zero_stage:
+            pieces, sum_over_ranks = zero_pieces(self._zero, self._trainable, workers.rank), workers.sum
+        else:
+            pieces, sum_over_ranks = whole_pieces(self._trainable), None
+        self._optimizer.bind(pieces, matrices, workers.device, sum_over_ranks)
+        self._refuse_another_trainable_set()
+        self._stop = torch.zeros((), dtype=torch.long)
+        self._stop_is_here: torch.cuda.Event | None = None
         self._engine.train()  # not said by deepspeed.initialize; puts the slots that stay still into evaluation mode
 
-    def train_step(self, batch: Batch, step: int, rate: float) -> torch.Tensor:
+    def train_step(self, batch: Batch, step: int, rate: float, stop: bool = False) -> torch.Tensor:
         """One optimizer step of the stage over this rank's share of the batch. Returns this rank's SUMS, [6].
 
         The gradient is that of (sum of MLM losses) / (masked positions of the global batch) + (sum of NSP losses) /
         (samples of the global batch): neither world size nor accumulation changes it. Without next-sentence prediction
-        the second part is 0.
+        the second part is 0. `stop` tells all ranks that this one wants to leave (see `someone_wants_to_stop`).
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self._optimizer.param_groups[0]["lr"] = rate
         batch = self._to_device(batch)
         with self.clock.span("reduce"):
-            # One at least: whole words that are all over the budget leave nothing to predict.
-            mlm_count = self.workers.sum((batch["mlm_labels"] >= 0).sum()).clamp(min=1)
-        # DeepSpeed averages gradients over the workers; times their number makes that a sum.
-        mlm_weight, nsp_weight = self.workers.size / mlm_count, self.workers.size / self.stage.batch_size
+            masked = (batch["mlm_labels"] >= 0).sum()
+            counts = self.workers.sum(torch.stack([masked, torch.full_like(masked, int(stop))]))
+            self._remember_stop(counts[1])
+        # DeepSpeed averages gradients over the workers; times their number makes that a sum. One masked position at
+        # least: whole words that are all over the budget leave nothing to predict.
+        mlm_weight = self.workers.size / counts[0].clamp(min=1)
+        nsp_weight = self.workers.size / self.stage.batch_size
+        before = self.workers.handed_bytes.copy()
         total = torch.zeros(len(SUMS), device=self.workers.device)
-        for index, micro_batch in enumerate(self._micro_batches(batch)):
+        micro_batches = self._micro_batches(batch)
+        for index, micro_batch in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             seed = (self.stage.seed, "dropout", self.first_step + step, self.workers.rank, index)
             torch.manual_seed(keyed.torch_seed(*seed))
             with self.clock.span("forward"):
                 sums = self._engine(**micro_batch)
                 loss = sums[_MLM_LOSS] * mlm_weight + sums[_NSP_LOSS] * nsp_weight
             with self.clock.span("backward"):
-                self._engine.backward(loss, scale_wrt_gas=False)
+                self._engine.backward(loss if self._scale is None else loss * self._scale.value, scale_wrt_gas=False)
             total += sums.detach()
-        with self.clock.span("reduce"):
-            self._engine.allreduce_gradients()
+        if self.zero_stage == 0:
+            with self.clock.span("reduce"):
+                self._engine.allreduce_gradients()
         with self.clock.span("optimizer"):
+            self._optimizer.applied = False  # ZeRO-3 leaves out a step that is not finite without asking
             self._engine.step()
+        if self._scale is not None:
+            self._scale.update(finite=self._optimizer.applied)
+        elif not self._optimizer.applied:
+            self.left_out_steps += 1
+            total.zero_()  # its losses are not finite either
+        handed = self.workers.handed_bytes - before
+        if not self.handed_bytes:
+            self._refuse_other_bytes(handed, len(micro_batches))
+        self.handed_bytes += handed
         return total
+
+    def someone_wants_to_stop(self) -> bool:
+        """Whether any rank said `stop` to the last `train_step`; the same answer on all of them."""
+        if self._stop_is_here is not None:
+            self._stop_is_here.synchronize()  # passed long ago, at the beginning of the step
+        return bool(self._stop.item())
 
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> torch.Tensor:
@@ -138,49 +200,90 @@ class Engine:
         return total
 
     def scalars(self) -> dict[str, float]:
-        """What the engine itself has to show at a log point."""
-        return {} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}
+        """What the last step has to show: gradient norm before clipping, trust ratios over all matrices, loss scale."""
+        shown = {}
+        if self._optimizer.gradient_norm is not None:
+            shown["gradient_norm"] = self._optimizer.gradient_norm.item()
+        if self._optimizer.trust_ratios is not None:
+            ratios = self._optimizer.trust_ratios
+            for name, value in (("min", ratios.min()), ("median", ratios.median()), ("max", ratios.max())):
+                shown[f"trust_ratio_{name}"] = value.item()
+        if self._scale is not None:
+            shown["loss_scale"] = self._scale.value
+        return shown
 
     def save(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What resuming needs besides the stage base: tensors on the CPU, and plain numbers."""
-        tensors = {}
-        for name, parameter in self.trainable().items():
-            tensors[f"weight/{name}"] = parameter.detach().cpu()
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.cpu()
-        numbers: dict[str, Any] = {"optimizer_steps": [group["step"] for group in self._optimizer.param_groups]}
-        if self._scaler is not None:
-            numbers["loss_scaler"] = self._scaler.state_dict()
-        return tensors, numbers
+        """What resuming needs besides the stage base: this rank's tensors, copied to the CPU, and plain numbers.
 
-    def load(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-        """Put back what `save` returned, bit for bit."""
-        with torch.no_grad():
-            for name, parameter in self.trainable().items():
-                parameter.copy_(tensors[f"weight/{name}"])
-                self._optimizer.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].to(self.workers.device) for key in ("exp_avg", "exp_avg_sq")
-                }
-        for group, steps in zip(self._optimizer.param_groups, numbers["optimizer_steps"], strict=True):
-            group["step"] = steps
-        if self._scaler is not None:
-            self._scaler.load_state_dict(numbers["loss_scaler"])
+        Tensors are named KIND/PARAMETER/START: elements from START on of a flattened `weight`, `exp_avg` or
+        `exp_avg_sq`, and the `step` that the parameter's bias correction has come to.
+        """
+        tensors = {}
+        pieces = self._optimizer.pieces if self.zero_stage or self.workers.rank == 0 else []
+        for index, piece in enumerate(pieces):
+            kinds = {"weight": piece.weight(), **{kind: held[index] for kind, held in self._optimizer.moments.items()}}
+            for kind, tensor in kinds.items():
+                tensors[f"{kind}/{piece.name}/{piece.start}"] = tensor.to("cpu", copy=True)
+            if piece.start == 0:
+                tensors[f"step/{piece.name}/0"] = torch.tensor([self._optimizer.steps[index]])
+        numbers = {"left_out_steps": self.left_out_steps, "handed_bytes": dict(self.handed_bytes)}
+        return tensors, numbers | ({} if self._scale is None else {"loss_scale": self._scale.state()})
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, str, int, int], torch.Tensor | None], numbers: dict[str, Any]) -> None:
+        """Put back what `save` returned, on any number of workers and in any ZeRO stage, bit for bit.
+
+        `read(kind, name, start, numel)` gives elements of a flattened tensor, None for what was not saved: that stays.
+        """
+        for index, piece in enumerate(self._optimizer.pieces):
+            kinds = {"weight": piece.weight(), **{kind: held[index] for kind, held in self._optimizer.moments.items()}}
+            for kind, tensor in kinds.items():
+                saved = read(kind, piece.name, piece.start, piece.numel)
+                if saved is not None:
+                    tensor.copy_(saved)
+            steps = read("step", piece.name, 0, 1)
+            self._optimizer.steps[index] = 0 if steps is None else int(steps.item())
+        self._show_weights_to_model()
+        self.left_out_steps = numbers.get("left_out_steps", 0)
+        self.handed_bytes = Counter(numbers.get("handed_bytes", {}))
+        if self._scale is not None and "loss_scale" in numbers:
+            self._scale.__dict__.update(numbers["loss_scale"])
 
     def export_state(self) -> State:
-        """Every parameter of the model, fp32, on the CPU."""
-        model = self._engine.module.model
-        return {name: parameter.detach().float().cpu() for name, parameter in model.named_parameters()}
+        """Every parameter of the model, fp32, on the CPU. With ZeRO-3 all ranks must call this."""
+        state = {}
+        for name, parameter in self._engine.module.model.named_parameters():
+            gathered = deepspeed.zero.GatheredParameters(parameter) if self.zero_stage == 3 else nullcontext()
+            with gathered:
+                state[name] = parameter.detach().float().to("cpu", copy=True)
+        return state
 
     def close(self) -> None:
         """Let go of the module, the optimizer's state and DeepSpeed's hooks."""
         self._engine.destroy()
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
-        del self._engine, self._optimizer
+        for parameter in self._engine.module.parameters():
+            vars(parameter).clear()  # ZeRO ties its optimizer to every parameter
+        del self._engine, self._optimizer, self._zero, self._trainable
         gc.collect()  # DeepSpeed's engine is full of cycles; the next stage is built right after
 
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self._engine.module.model.named_parameters() if p.requires_grad}
+    def _show_weights_to_model(self) -> None:
+        """After the masters were written: with ZeRO the model computes with copies of them."""
+        if self.zero_stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self.zero_stage == 3:
+            for index in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(index)
+            if self._zero.persistent_parameters:  # small ones, held whole: gathered anew when next used
+                self._zero.persistent_parameters[0].partition(self._zero.persistent_parameters)
+
+    def _remember_stop(self, count: torch.Tensor) -> None:
+        """Fetch the number of ranks that want to stop without waiting for the device."""
+        self._stop = count.to("cpu", non_blocking=True)
+        if count.is_cuda:
+            self._stop_is_here = torch.cuda.Event()
+            self._stop_is_here.record()
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.workers.device, non_blocking=True) for name, tensor in batch.items()}
@@ -189,19 +292,55 @@ class Engine:
         parts = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
         return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
-    def _count_reduced_bytes(self) -> None:
-        """Count what DeepSpeed hands to the gradient all-reduce, bucket by bucket, in the dtype on the wire."""
-        reduce_bucket = self._engine.allreduce_bucket
-        item_bytes = self._engine.communication_data_type.itemsize
+    def _refuse_another_trainable_set(self) -> None:
+        """The optimizers of all ranks together must hold every trainable element once (without ZeRO, each rank all)."""
+        held = torch.zeros(len(self.sizes), dtype=torch.long, device=self.workers.device)
+        position = {name: index for index, name in enumerate(self.sizes)}
+        for piece in self._optimizer.pieces:
+            held[position[piece.name]] += piece.numel
+        if self.zero_stage:
+            self.workers.sum(held)
+        wrong = [name for (name, size), found in zip(self.sizes.items(), held.tolist(), strict=True) if found != size]
+        if wrong:
+            raise MsltError(
+                f"engine: DeepSpeed {deepspeed.__version__} optimizes another set of parameters than the plan trains: "
+                f"{', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}; use a version that setup.py names"
+            )
 
-        def counted(bucket: list[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-            self.reduced_bytes += sum(tensor.numel() for tensor in bucket) * item_bytes
-            return reduce_bucket(bucket, *args, **kwargs)
+    def _refuse_other_bytes(self, handed: Counter[str], num_micro_batches: int) -> None:
+        """What DeepSpeed handed to its collectives in a step must be the gradients of the trainable parameters, to the
+        byte, and with ZeRO the weights that the ranks hold for each other."""
+        expected = step_bytes(self._config, list(self.sizes.values()), self.workers.size, num_micro_batches)
+        found = {name: handed[name] for name in expected}
+        if found != expected:
+            raise MsltError(
+                f"engine: in the first step DeepSpeed {deepspeed.__version__} handed {found} bytes to its collectives, "
+                f"and the parameters that the stage trains make {expected}; use a version that setup.py names"
+            )
 
-        self._engine.allreduce_bucket = counted
+
+def step_bytes(config: dict[str, Any], sizes: list[int], world_size: int, num_micro_batches: int) -> dict[str, int]:
+    """Bytes handed to each collective in a step, by ZeRO stage, for trainable parameters of these numbers of elements.
+
+    ZeRO-0 and 1 reduce the gradients once a step, ZeRO-2 and 3 after every micro-batch. ZeRO-1 and 2 gather the fp32
+    weights, padded so that every rank has the same even number of elements; ZeRO-3 cuts each parameter on its own. (It
+    gathers weights when the forward pass wants them: in the first step as often as it comes to them, later once.)
+    """
+    item = {"fp32": 4, "bf16": 2, "fp16": 2}[config.get("communication_data_type", "fp32")]
+    stage, total = zero_stage(config), sum(sizes)
+    if stage == 0:
+        return {"all_reduce": total * item}
+    if stage == 3:
+        padded = sum(-(-size // world_size) * world_size for size in sizes)
+        return {"reduce_scatter_tensor": padded * item * num_micro_batches}
+    reduced = {"all_reduce": total * item * (num_micro_batches if stage == 2 else 1)}
+    even = -(-total // (2 * world_size)) * 2 * world_size
+    return reduced if world_size == 1 else {**reduced, "all_gather_into_tensor": even * 4}
 
 
 def quiet() -> None:
-    """DeepSpeed's lines below a warning and transformers' bars for single files are not for the reader of a run."""
+    """What DeepSpeed, torch and transformers say to their developers is not for the reader of a run."""
     deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # ours is tested
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     transformers.utils.logging.disable_progress_bar()

@@ -20,7 +20,8 @@ class PretrainingLoss(nn.Module):
     """Hugging Face's pretraining model with a forward that gathers before the MLM head and sums instead of averaging.
 
     `lowest_graph_layer` is the plan's boundary. `still` names the slots whose dropout stays off in training. Without
-    `next_sentence_prediction` pooler and NSP head are not computed, and the NSP sums are 0.
+    `next_sentence_prediction` pooler and NSP head are not computed, and the NSP sums are 0. `autocast` is the type of
+    matrix products, None for fp32; losses are computed in fp32.
     """
 
     def __init__(
@@ -29,12 +30,14 @@ class PretrainingLoss(nn.Module):
         lowest_graph_layer: int = -1,
         still: tuple[str, ...] = (),
         next_sentence_prediction: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.lowest_graph_layer = lowest_graph_layer
         self.still = still
         self.next_sentence_prediction = next_sentence_prediction
+        self.autocast = autocast
 
     def train(self, mode: bool = True) -> "PretrainingLoss":
         super().train(mode)
@@ -51,13 +54,14 @@ class PretrainingLoss(nn.Module):
         nsp_labels: torch.Tensor,
     ) -> torch.Tensor:
         """[6] fp32, named by SUMS. ids, types and mask [B, T]; positions and labels [B, M]; NSP labels [B]."""
-        h_BTD = last_hidden(self.model, input_ids, token_type_ids, attention_mask, self.lowest_graph_layer)
-        h_BMD = h_BTD.gather(1, mlm_positions[:, :, None].expand(-1, -1, h_BTD.shape[-1]))
-        sums = head_sums(families.mlm_logits(self.model, h_BMD).flatten(0, 1), mlm_labels.flatten())
-        if self.next_sentence_prediction:
-            nsp_sums = head_sums(families.nsp_logits(self.model, h_BTD), nsp_labels)
-        else:
-            nsp_sums = torch.zeros_like(sums)
+        with torch.autocast(input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            h_BTD = last_hidden(self.model, input_ids, token_type_ids, attention_mask, self.lowest_graph_layer)
+            h_BMD = h_BTD.gather(1, mlm_positions[:, :, None].expand(-1, -1, h_BTD.shape[-1]))
+            sums = head_sums(families.mlm_logits(self.model, h_BMD).flatten(0, 1), mlm_labels.flatten())
+            if self.next_sentence_prediction:
+                nsp_sums = head_sums(families.nsp_logits(self.model, h_BTD), nsp_labels)
+            else:
+                nsp_sums = torch.zeros_like(sums)
         return torch.cat([sums, nsp_sums])
 
 

@@ -25,6 +25,11 @@ HEAVY = {
     "matplotlib",
 }  # fmt: skip
 DEEPSPEEDS_DOOR = "mslt.engine.engine"
+# What each part of the engine may import of the others; `engine` puts them together, `ds_config` is plain.
+ENGINE: dict[str, tuple[str, ...]] = {
+    "checkpoint": (), "clock": (), "gpus": (), "pieces": (), "apex": ("pieces",),
+    "optimizer": ("apex", "pieces"),
+}  # fmt: skip
 ATTRIBUTES_HOME = "mslt.models.families"
 HF_ATTRIBUTES = re.compile(
     r"\.(bert|seq_relationship|predictions|word_embeddings|token_type_embeddings|position_embeddings|decoder)\b"
@@ -143,6 +148,9 @@ def reached(module: str) -> Iterator[tuple[str, str]]:
 def test_there_is_something_to_check() -> None:
     assert len(OURS) > 35
     assert {"mslt.train", "mslt.data.order", "mslt.cli.main", "data_prep.prepare", DEEPSPEEDS_DOOR} <= set(TREES)
+    assert {f"mslt.engine.{name}" for name in (*ENGINE, "engine", "ds_config")} == {
+        name for name in TREES if name.startswith("mslt.engine.")
+    }
 
 
 @pytest.mark.parametrize("module", OURS)
@@ -154,7 +162,13 @@ def test_imports_go_down(module: str) -> None:
             assert floor_of(module) == len(FLOORS) - 1, f"{module} imports {other}; only the command line may"
 
 
-@pytest.mark.parametrize("module", [m for m in OURS if floor_of(m) == 0])
+@pytest.mark.parametrize("name", ENGINE)
+def test_parts_of_the_engine_know_nothing_of_the_whole(name: str) -> None:
+    found = {other for other in imports(TREES[f"mslt.engine.{name}"]) if other.startswith("mslt.engine")}
+    assert found <= {f"mslt.engine.{other}" for other in ENGINE[name]}
+
+
+@pytest.mark.parametrize("module", [m for m in OURS if floor_of(m) == 0] + ["mslt.engine.ds_config"])
 def test_plain_files_import_nothing_heavy(module: str) -> None:
     for by, package in reached(module):
         assert package not in HEAVY, f"{module} reaches {package} through {by}"

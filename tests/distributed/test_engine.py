@@ -1,9 +1,8 @@
-"""The engine under the real launcher, against plain torch in one process."""
+"""The engine on one, two and three workers: what it must do in every ZeRO stage, whatever DeepSpeed would do."""
 
 import copy
-import json
-import subprocess
-import sys
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,83 +10,360 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.engine_exactness import worst_of
 from mslt.config import parse_recipe
 from mslt.cost import stage_cost
-from mslt.data.loader import Samples
+from mslt.data.loader import Batch, Samples
 from mslt.data.shards import open_shards
+from mslt.engine import checkpoint
+from mslt.engine import engine as engine_module
 from mslt.engine.ds_config import read_engine_config
+from mslt.engine.engine import Engine, Workers
+from mslt.errors import MsltError
 from mslt.models import factory
+from mslt.models.surgery import State
 from mslt.plan import Plan
-from mslt.schedule import make_plan
+from mslt.schedule import lr_at, make_plan
+from mslt.train import build_module
 from tests.distributed.oracle import train_plainly
-from tests.distributed.runs import TIMEOUT_S
+from tests.distributed.probe import BASE_SHA256, Case, Job, Moment, alone, launch, load, told, weights
 
-STEPS = 4
-TINY_COLLECTIVES_BYTES = 16  # the count of masked positions (int64), and DeepSpeed's gradient norm (fp32)
-ROOT = Path(__file__).parents[2]
+ZERO_STAGES = [0, 1, 2, 3]
+FROZEN, FULL = 1, 2  # stages of the plan: the upper two of four layers train with the heads, or everything
+MICRO_BATCHES = 3  # of a step, on two workers
+POISONED_STEP, STOP_STEP, STEPS = 1, 2, 4
+SMALL_BYTES = 1000  # everything that is not a gradient: counts, norms
 
 
-def plan_of(sections: dict[str, Any], **model: float) -> Plan:
-    sections = copy.deepcopy(sections)
-    sections["model"] |= model
+def plan_of(sections: dict[str, Any], engine: str, **training: Any) -> Plan:
+    """The tiny recipe with word embeddings that ZeRO-3 partitions (it keeps all parameters under 100,000 elements on
+    every rank), dropout off, and micro-batches that accumulate."""
+    sections = copy.deepcopy(sections) | {"engine": engine}
+    sections["model"] |= {"vocab_size": 4096, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sections["training"] |= {"batch_size": 12, "micro_batch_size": 2, **training}
     recipe = parse_recipe(sections, "recipe for tests")
     return make_plan(recipe, read_engine_config(recipe.engine))
 
 
-def probe(folder: Path, plan: Plan, stage_index: int, shards: Path, workers: int) -> list[tuple[Any, dict[str, Any]]]:
-    """(weights, what was written down) of each rank after STEPS steps of the stage."""
-    folder.mkdir()
+def in_small_buckets(plan: Plan) -> Plan:
+    """Gradients of many buckets, as a real model has: some parameters fill one, the word embeddings burst it."""
+    zero = {**plan.engine["zero_optimization"], "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
+    return plan.model_copy(update={"engine": {**plan.engine, "zero_optimization": zero}})
+
+
+def initial_state(plan: Plan, seed: int = 0) -> State:
+    return factory.initial_state(plan.model, plan.model.num_hidden_layers, seed)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, shards: Path, tiny_sections: dict[str, Any]) -> Job:
+    """One launch of two workers. In each ZeRO stage a gradient of rank 1 is spoiled in the second step, and rank 1 says
+    stop in the third."""
+    folder = tmp_path_factory.mktemp("two")
+    base = folder / "base.safetensors"
+    save_file(initial_state(plan_of(tiny_sections, "zero0_fp32")), base)
+    poisoned, stop = Moment(rank=1, step=POISONED_STEP), Moment(rank=1, step=STOP_STEP)
+
+    def case(name: str, plan: Plan, stage_index: int, *write_after: int, **options: Any) -> Case:
+        return Case(name=name, plan=plan, stage_index=stage_index, base=base, write_after=write_after, **options)
+
+    lenient = [plan_of(tiny_sections, f"zero{zero}_fp32", skip_bad_batches=1) for zero in ZERO_STAGES]
+    cases = [
+        case(f"zero{zero}", plan, FROZEN, *range(STEPS + 1), poisoned=poisoned, says_stop=stop)
+        for zero, plan in enumerate(lenient)
+    ]
+    for zero in (0, 1):
+        cases.append(
+            case(f"fp16-zero{zero}", plan_of(tiny_sections, f"zero{zero}_fp16"), FULL, 1, 2, 3, poisoned=poisoned)
+        )
+    for zero in (1, 2, 3):
+        plan = in_small_buckets(plan_of(tiny_sections, f"zero{zero}_fp32"))
+        cases.append(case(f"buckets-zero{zero}", plan, FULL, 1, 2))
+    cases.append(case("saved", plan_of(tiny_sections, "zero1_bf16"), FULL, 3, save=folder / "checkpoints"))
+    job = Job(folder=folder, shards=shards, cases=tuple(cases))
+    launch(job, 2)
+    return job
+
+
+def on_both(job: Job, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return told(job, name, 0), told(job, name, 1)
+
+
+def plan_in(job: Job, name: str) -> Plan:
+    return next(case.plan for case in job.cases if case.name == name)
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_two_workers_agree_bit_for_bit(two: Job, zero: int) -> None:
+    one, other = on_both(two, f"zero{zero}")
+    assert one["digests"] == other["digests"]
+    assert len(set(one["digests"].values())) == STEPS, "each step moves, the poisoned one apart"
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_the_gradients_that_the_plan_trains_are_reduced_to_the_byte(two: Job, zero: int) -> None:
+    """Once a step in ZeRO-0 and 1, after every micro-batch in ZeRO-2 and 3; by counting parameters from the shape."""
+    plan = plan_in(two, f"zero{zero}")
+    cost = stage_cost(plan.model, plan.stages[FROZEN])
+    assert 0 < cost.trainable_parameters < cost.total_parameters
+    times = MICRO_BATCHES if zero >= 2 else 1
+    gathered = -(-cost.trainable_parameters // 4) * 4 * 4  # two ranks, an even number of fp32 elements each
+    for seen in on_both(two, f"zero{zero}"):
+        assert len(seen["handed"]) == STEPS
+        for handed, calls in zip(seen["handed"], seen["all_reduced"], strict=True):
+            large = [size for size in calls if size > SMALL_BYTES]
+            assert sum(calls) - sum(large) < SMALL_BYTES
+            if zero == 3:
+                assert not large
+                # The NSP head's bias of two and all others have an even number of elements: nothing is padded.
+                assert handed["reduce_scatter_tensor"] == times * cost.fp32_gradient_bytes
+            else:
+                assert large == [cost.fp32_gradient_bytes] * times
+                assert handed["all_reduce"] == times * cost.fp32_gradient_bytes
+                assert handed.get("all_gather_into_tensor", 0) == (gathered if zero else 0)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_in_many_buckets_give_the_update_of_plain_torch(two: Job, zero: int) -> None:
+    name = f"buckets-zero{zero}"
+    plan, base = plan_in(two, name), load_file(two.cases[0].base)
+    stage = plan.stages[FULL]
+    samples = Samples(open_shards(two.shards, "train"), plan.data, stage.sequence_length, stage.seed)
+    matrices = [parameter for parameter in base if base[parameter].ndim > 1]
+    for steps, expected in zip((1, 2), train_plainly(plan, FULL, base, samples, (1, 2)), strict=True):
+        error, matrix = worst_of(weights(two, name, steps), expected, base, matrices)
+        assert error < 5e-5, f"{matrix} after {steps}"
+    seen = told(two, name)
+    if zero < 3:
+        assert sum(size > SMALL_BYTES for size in seen["all_reduced"][0]) > MICRO_BATCHES, "one bucket held them all"
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_a_gradient_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(two: Job, zero: int) -> None:
+    one, other = on_both(two, f"zero{zero}")
+    assert one["left_out"] == other["left_out"] == [0, 1, 1, 1]
+    before, left, after = (weights(two, f"zero{zero}", steps) for steps in (1, 2, 3))
+    trained = one["trained"]
+    assert all(torch.equal(before[name], left[name]) for name in before)
+    assert not any(torch.equal(left[name], after[name]) for name in trained if before[name].ndim > 1)
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    end, base = weights(two, f"zero{zero}", STEPS), load_file(two.cases[0].base)
+    error, name = worst_of(end, weights(two, "zero0", STEPS), base, [n for n in trained if base[n].ndim > 1])
+    assert error < 5e-5, f"{name}: ZeRO-{zero} goes on in another way than ZeRO-0"
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_the_norm_of_a_step_left_out_is_not_that_of_the_step_before(two: Job, zero: int) -> None:
+    for seen in on_both(two, f"zero{zero}"):
+        finite = [math.isfinite(scalars["gradient_norm"]) for scalars in seen["scalars"]]
+        assert finite == [step != POISONED_STEP for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_an_overflow_in_fp16_on_one_rank_leaves_the_step_out_on_all(two: Job, zero: int) -> None:
+    """And halves the scale on all: each its own scale would add gradients of different size."""
+    one, other = on_both(two, f"fp16-zero{zero}")
+    scales = [scalars["loss_scale"] for scalars in one["scalars"]]
+    assert scales == [2.0**16, 2.0**15, 2.0**15] == [scalars["loss_scale"] for scalars in other["scalars"]]
+    assert one["digests"] == other["digests"]
+    assert one["digests"]["1"] == one["digests"]["2"] != one["digests"]["3"]
+    assert one["left_out"] == [0, 0, 0], "counts bad batches, and this is fp16's way of finding its scale"
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_all_hear_that_one_wants_to_stop(two: Job, zero: int) -> None:
+    for seen in on_both(two, f"zero{zero}"):
+        assert seen["stopping"] == [step == STOP_STEP for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_frozen_weights_do_not_move(two: Job, zero: int) -> None:
+    base, end = load_file(two.cases[0].base), weights(two, f"zero{zero}", STEPS)
+    trained = told(two, f"zero{zero}")["trained"]
+    assert "bert.embeddings.word_embeddings.weight" not in trained
+    for name, weight in end.items():
+        if name.endswith(".weight") and name in trained:
+            assert not torch.equal(weight, base[name]), name
+        elif name not in trained:
+            assert torch.equal(weight, base[name]), name
+
+
+def saved_at_two(job: Job) -> dict[str, dict[str, torch.Tensor]]:
+    return whole(job.folder / "checkpoints")
+
+
+def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Flattened tensors of a checkpoint, by kind and parameter."""
+    found, passed_over = checkpoint.newest_valid(folder, BASE_SHA256)
+    assert found is not None, passed_over
+    with found.open() as shares:
+        return {kind: shares.whole(kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "step")}
+
+
+def assert_same_state(found: dict[str, dict[str, torch.Tensor]], saved: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert found.keys() == saved.keys()
+    for kind, tensors in saved.items():
+        assert found[kind].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(found[kind][name], tensor), f"{kind} of {name}"
+
+
+def test_a_checkpoint_of_two_workers_is_whole_and_in_fp32(two: Job) -> None:
+    """In a bf16 run: what is saved are the masters, with bits that bf16 has not."""
+    saved, end = saved_at_two(two), weights(two, "saved", 3)
+    base = load_file(two.cases[0].base)
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        assert {name: len(tensor) for name, tensor in saved[kind].items()} == {n: t.numel() for n, t in base.items()}
+    assert {int(steps) for steps in saved["step"].values()} == {3}
+    for name, weight in end.items():
+        assert torch.equal(saved["weight"][name], weight.flatten())
+        if weight.ndim > 1:
+            assert not torch.equal(weight, weight.bfloat16().float()), f"{name} was rounded"
+            assert saved["exp_avg"][name].any()
+            assert saved["exp_avg_sq"][name].any()
+
+
+def test_three_workers_load_what_two_saved(two: Job, tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
+    """ZeRO-1 into ZeRO-2 and 3, bit for bit: weights, moments and steps, and what the model computes with."""
+    other = tmp_path / "other.safetensors"
+    save_file(initial_state(plan_of(tiny_sections, "zero0_fp32"), seed=7), other)
+    cases = [
+        Case(
+            name=f"zero{zero}",
+            plan=plan_of(tiny_sections, f"zero{zero}_bf16"),
+            stage_index=FULL,
+            base=other,
+            write_after=(0,),
+            load=two.folder / "checkpoints",
+            save=tmp_path / f"zero{zero}",
+        )
+        for zero in (2, 3)
+    ]
+    job = Job(folder=tmp_path, shards=two.shards, cases=tuple(cases))
+    launch(job, 3)
+    end = weights(two, "saved", 3)
+    for case in cases:
+        assert_same_state(whole(tmp_path / case.name), saved_at_two(two))
+        model = weights(job, case.name, 0)
+        assert all(torch.equal(model[name], weight) for name, weight in end.items()), case.name
+
+
+@pytest.fixture
+def worker() -> Iterator[Workers]:
+    """This process, alone."""
+    with alone() as workers:
+        yield workers
+
+
+def engine_of(plan: Plan, stage_index: int, workers: Workers, base: State) -> Engine:
+    return Engine(build_module(plan, stage_index, base), plan, stage_index, workers)
+
+
+def batch_of(plan: Plan, stage_index: int, shards: Path) -> Batch:
+    """The stage's first."""
     stage = plan.stages[stage_index]
-    save_file(factory.initial_state(plan.model, stage.depth, seed=3), folder / "base.safetensors")
-    job = {"plan": plan.model_dump(mode="json"), "stage_index": stage_index, "steps": STEPS, "shards": str(shards)}
-    paths = {"base": str(folder / "base.safetensors"), "out": str(folder)}
-    (folder / "job.json").write_text(json.dumps(job | paths))
-    command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(workers), "--master_addr", "127.0.0.1"),
-        *("--master_port", str(29600 + workers), "--no_local_rank", "--module", "tests.distributed.probe"),
-        str(folder / "job.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
-    assert (folder / f"rank-{workers - 1}.json").exists(), done.stdout + done.stderr
-    return [
-        (load_file(folder / f"rank-{rank}.safetensors"), json.loads((folder / f"rank-{rank}.json").read_text()))
-        for rank in range(workers)
-    ]
-
-
-@pytest.mark.parametrize("stage_index", [0, 1])
-def test_two_workers_reduce_the_trainable_gradients_alone_and_agree_bit_for_bit(
-    tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any], stage_index: int
-) -> None:
-    plan = plan_of(tiny_recipe)
-    (weights, told), (other_weights, other_told) = probe(tmp_path / "probe", plan, stage_index, shards, workers=2)
-    cost = stage_cost(plan.model, plan.stages[stage_index])
-    for step in told["reduced"]:
-        large = [size for size in step if size > TINY_COLLECTIVES_BYTES]
-        assert sum(large) == cost.fp32_gradient_bytes
-        assert sum(step) - sum(large) <= TINY_COLLECTIVES_BYTES
-    assert told["counted"] == STEPS * cost.fp32_gradient_bytes
-    assert told == other_told
-    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_accumulation_give_the_update_of_plain_torch(
-    tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any], workers: int
-) -> None:
-    # Dropout off, so that one batch of 8 and two or four micro-batches on one or two workers compute the same.
-    plan = plan_of(tiny_recipe, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    stage = plan.stages[1]
-    assert stage.micro_batch_size < stage.batch_size, "nothing would accumulate"
-    ranks = probe(tmp_path / "probe", plan, 1, shards, workers)
-    base = load_file(tmp_path / "probe" / "base.safetensors")
     samples = Samples(open_shards(shards, "train"), plan.data, stage.sequence_length, stage.seed)
-    expected = train_plainly(plan, 1, base, samples, STEPS)
-    for name, weight in expected.items():
-        found = ranks[0][0][name]
-        if name in ranks[0][1]["trained"]:
-            assert not torch.equal(found, base[name]), f"{name} did not move"
-            if not name.endswith("attention.self.key.bias"):  # its true gradient is 0: rounding, scaled up by LAMB
-                torch.testing.assert_close(found, weight, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-        else:
-            assert torch.equal(found, base[name]), f"{name} is frozen"
+    return samples.batch(range(stage.first_sample, stage.first_sample + stage.batch_size))
+
+
+def by_kind(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    """What one worker saves, by kind and parameter, its pieces joined."""
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in engine.save()[0].items():
+        kind, name, start = key.split("/")
+        assert start == "0", "one worker holds all of it in one piece"
+        kinds.setdefault(kind, {})[name] = tensor
+    return kinds
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_one_worker_loads_what_two_saved(two: Job, worker: Workers, tiny_sections: dict[str, Any], zero: int) -> None:
+    plan = plan_of(tiny_sections, f"zero{zero}_bf16")
+    engine = engine_of(plan, FULL, worker, initial_state(plan, seed=7))
+    load(engine, two.folder / "checkpoints")
+    assert_same_state(by_kind(engine), saved_at_two(two))
+    model, end = engine.export_state(), weights(two, "saved", 3)
+    assert all(torch.equal(model[name], weight) for name, weight in end.items())
+    engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_initialising_changes_no_bit_and_takes_no_step(
+    worker: Workers, tiny_sections: dict[str, Any], zero: int, precision: str
+) -> None:
+    """DeepSpeed's own bf16 and fp16 round the masters, and under ZeRO-0 take a step, at every stage's start."""
+    plan = plan_of(tiny_sections, f"zero{zero}_{precision}")
+    base = initial_state(plan)
+    engine = engine_of(plan, FULL, worker, base)
+    exported, saved = engine.export_state(), by_kind(engine)
+    assert exported.keys() == base.keys() == saved["weight"].keys()
+    for name, tensor in base.items():
+        assert torch.equal(exported[name], tensor), name
+        assert torch.equal(saved["weight"][name], tensor.flatten()), name
+        assert tensor.ndim < 2 or not torch.equal(tensor, tensor.bfloat16().float()), "no bits to lose"
+    assert not any(tensor.any() for kind in ("exp_avg", "exp_avg_sq", "step") for tensor in saved[kind].values())
+    engine.close()
+
+
+def test_fp16_without_zero_takes_the_step_of_fp32(worker: Workers, shards: Path, tiny_sections: dict[str, Any]) -> None:
+    """DeepSpeed's own fp16 does not scale the loss there, and divides the gradient by the scale all the same."""
+    ends, norms = [], []
+    for precision in ("fp32", "fp16"):
+        plan = plan_of(tiny_sections, f"zero0_{precision}")
+        engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+        for step in range(2):
+            engine.train_step(batch_of(plan, FROZEN, shards), step, lr_at(plan.stages[FROZEN], step))
+        norms.append(engine.scalars()["gradient_norm"])
+        ends.append(engine.export_state())
+        matrices = [name for name in engine.sizes if name.endswith(".weight") and "LayerNorm" not in name]
+        engine.close()
+    error, name = worst_of(ends[1], ends[0], initial_state(plan), matrices)
+    assert error < 2e-2, name
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.25])
+@pytest.mark.parametrize("zero", ZERO_STAGES)
+def test_gradients_are_clipped_as_the_plan_says(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], zero: int, clip_norm: float
+) -> None:
+    """0 means not at all; DeepSpeed would clip to 1 where nobody says otherwise. After the first step the first moment
+    is a tenth of the gradient."""
+    plan = plan_of(tiny_sections, f"zero{zero}_fp32", clip_norm=clip_norm)
+    engine = engine_of(plan, FULL, worker, initial_state(plan))
+    engine.train_step(batch_of(plan, FULL, shards), 0, 0.001)
+    norm = engine.scalars()["gradient_norm"]
+    assert norm > 1.0, "DeepSpeed's clipping would not be seen"
+    moments = by_kind(engine)["exp_avg"].values()
+    moved = torch.stack([moment.norm() for moment in moments]).norm().item()
+    assert moved == pytest.approx(0.1 * (clip_norm or norm), rel=1e-4)
+    engine.close()
+
+
+def test_a_step_that_reduces_other_bytes_is_refused(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny_sections, "zero0_fp32")
+    engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+    reduce = engine._engine.allreduce_gradients
+
+    def twice() -> None:
+        reduce()
+        reduce()
+
+    monkeypatch.setattr(engine._engine, "allreduce_gradients", twice)
+    size = stage_cost(plan.model, plan.stages[FROZEN]).fp32_gradient_bytes
+    with pytest.raises(MsltError, match=rf"handed {{'all_reduce': {2 * size}}} bytes .* make {{'all_reduce': {size}}}"):
+        engine.train_step(batch_of(plan, FROZEN, shards), 0, 0.001)
+    engine.close()
+
+
+def test_an_optimizer_that_holds_other_parameters_is_refused(
+    worker: Workers, tiny_sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny_sections, "zero1_fp32")
+    zero_pieces = engine_module.zero_pieces
+    monkeypatch.setattr(engine_module, "zero_pieces", lambda *arguments: zero_pieces(*arguments)[:-1])
+    with pytest.raises(MsltError, match=r"optimizes another set of parameters than the plan trains: cls\.seq_relat"):
+        engine_of(plan, FROZEN, worker, initial_state(plan))

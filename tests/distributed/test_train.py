@@ -21,7 +21,7 @@ from mslt.cost import stage_cost
 from mslt.models import families
 from mslt.plan import Plan
 from mslt.rundir import RunDir, read_plan, read_summaries
-from tests.distributed.runs import TIMEOUT_S, mslt, train, write_recipe
+from tests.distributed.runs import TIMEOUT_S, losses, mslt, train, write_recipe
 
 FAMILY = families.FAMILIES["bert"]
 
@@ -153,25 +153,37 @@ def test_low_precision_learns_and_keeps_fp32_masters_over_the_border(
     assert [summary["reduced_bytes"] for summary in read_summaries(run)] == expected
 
 
-def test_sigterm_to_the_parent_leaves_no_process_behind(
+def test_told_to_leave_it_saves_and_leaves_no_process_behind_and_goes_on_with_other_workers(
     tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any]
 ) -> None:
     sections = copy.deepcopy(tiny_recipe)
-    sections["schedule"] |= {"steps": 20_000, "retrain_share": 0.999}  # a retraining stage that outlasts the test
-    recipe = write_recipe(tmp_path / "recipe.yaml", sections)
-    command = ["train", recipe, "--shards", shards, "--run-dir", tmp_path / "run", "--workers", "2"]
-    parent = subprocess.Popen([sys.executable, "-m", "mslt.cli.main", *map(str, command)], stderr=subprocess.DEVNULL)
+    sections["watch"]["checkpoint_every"] = 1000  # only what the signal makes it save
+    sections["engine"] = "zero1_fp32"
+    sections["schedule"]["steps"] = 450
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", sections), RunDir(tmp_path / "run")
+    command = ["train", recipe, "--shards", shards, "--run-dir", run.path, "--workers", "2"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "mslt.cli.main", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + TIMEOUT_S
-    while not any(record["stage"] == 3 for record in metrics.read(tmp_path / "run" / "metrics.jsonl")):
+    while not any(record["stage"] == 2 and record["step"] > 152 for record in metrics.read(run.metrics)):
         assert parent.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.01)
     descendants = psutil.Process(parent.pid).children(recursive=True)
     assert len(descendants) >= 2
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=60) == 2
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 2
+    assert "saved and left on SIGTERM" in said
     _, alive = psutil.wait_procs(descendants, timeout=5)
     assert not alive
+    left_at = max(record["step"] for record in metrics.read(run.metrics)) - 150
+    assert left_at < 150, "told too late: the stage was over"
+    newest = max(path.name for path in run.stage(1).checkpoints.glob("step-*"))
+    assert newest == f"step-{left_at:08d}"
+    train(recipe, shards, run.path, workers=1)
+    assert list(losses(run.path)) == list(range(1, 451))
 
 
 def test_plan_in_the_run_directory_is_the_plan_of_the_recipe(finished: RunDir, tiny_plan: Plan) -> None:

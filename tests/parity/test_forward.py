@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import BertForPreTraining
 
 from mslt.config import DataConfig, ModelConfig
@@ -13,7 +14,7 @@ from mslt.data.loader import Batch, Samples
 from mslt.data.masking import IGNORED_LABEL
 from mslt.data.shards import open_shards
 from mslt.models import families
-from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.forward import SUMS, PretrainingLoss, head_sums
 from mslt.models.layer_stack import iter_hidden, last_hidden
 from mslt.plan import NEXT_SENTENCE_SLOTS
 
@@ -166,6 +167,51 @@ def test_hidden_states_are_computed_when_asked_for(shards: Path, tiny_model: Mod
         if k == 2:
             break
     assert called == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("next_sentences", [True, False])
+def test_low_precision_is_torchs_autocast_on_fp32_parameters(
+    shards: Path, tiny_model: ModelConfig, dtype: torch.dtype, next_sentences: bool
+) -> None:
+    model, batch = build(tiny_model, 0).eval(), real_batch(shards, 0)
+    module = PretrainingLoss(model, next_sentence_prediction=next_sentences, autocast=dtype).eval()
+    computed: set[torch.dtype] = set()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda *told: computed.add(told[2].dtype))
+    sums = module(**batch)
+    assert computed == {dtype}, "matrix products"
+    assert not torch.is_autocast_enabled("cpu")
+    assert sums.dtype == torch.float32
+
+    single = PretrainingLoss(model, next_sentence_prediction=next_sentences).eval()(**batch)
+    assert torch.float32 in computed
+    assert not torch.equal(sums, single)
+    torch.testing.assert_close(sums, single, rtol=0.05, atol=1.0)
+    with torch.autocast("cpu", dtype=dtype):
+        _, mlm_logits, nsp_logits = hugging_face(model, batch)
+    labels = labels_BT(batch).flatten()
+    expected = cross_entropy(mlm_logits.float().flatten(0, 1), labels, reduction="sum").item()
+    assert sums[SUMS.index("mlm_loss")].item() == pytest.approx(expected, rel=2e-3)
+    nsp_loss = cross_entropy(nsp_logits.float(), batch["nsp_labels"], reduction="sum").item() if next_sentences else 0.0
+    assert sums[SUMS.index("nsp_loss")].item() == pytest.approx(nsp_loss, rel=1e-2)
+
+    (sums[SUMS.index("mlm_loss")] + sums[SUMS.index("nsp_loss")]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32, name
+
+
+def test_a_loss_of_many_positions_is_summed_in_fp32() -> None:
+    # 4096 losses of about 7 are over 28,000: in bf16 a sum that large has steps of 128, in fp16 of 16.
+    logits_NC, labels_N = torch.randn(4096, 1000, generator=torch.Generator().manual_seed(0)), torch.arange(4096) % 1000
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = logits_NC.to(dtype)
+        expected = -rounded.double().log_softmax(-1)[torch.arange(4096), labels_N].sum().item()
+        loss, _, count = head_sums(rounded, labels_N).tolist()
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert count == 4096
 
 
 def test_gathering_before_the_head_is_faster_than_all_positions() -> None:

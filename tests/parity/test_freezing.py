@@ -10,7 +10,8 @@ from torch import nn
 from mslt.config import DataConfig
 from mslt.data.loader import Batch, Samples
 from mslt.data.shards import open_shards
-from mslt.engine.optimizer import make_optimizer
+from mslt.engine.optimizer import Lamb
+from mslt.engine.pieces import whole_pieces
 from mslt.models import factory, families
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import freeze
@@ -70,15 +71,19 @@ def test_three_steps_move_exactly_the_trainable_slots(tiny_plan: Plan, shards: P
     model = factory.build(tiny_plan.model, stage.depth, state)
     freeze(model, stage.trainable)
     module = PretrainingLoss(model, lowest_graph_layer(stage.trainable, stage.depth)).train()
-    optimizer = make_optimizer(module, tiny_plan.optimizer)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = Lamb(trainable.values(), tiny_plan.optimizer, tiny_plan.clip_norm)
+    matrices = [name for name, parameter in trainable.items() if parameter.ndim > 1]
+    optimizer.bind(whole_pieces(trainable), matrices, torch.device("cpu"))
     samples = Samples(open_shards(shards, "train"), tiny_plan.data, 32, seed=0)
     torch.manual_seed(0)
     for step in range(3):
         loss_of(module, samples.batch(range(16 * step, 16 * step + 16))).backward()
         optimizer.step()
+        assert optimizer.applied
         optimizer.zero_grad()
 
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    held = [id(piece.holder) for piece in optimizer.pieces]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     family = families.family_of(model.config)
     for name, parameter in model.named_parameters():

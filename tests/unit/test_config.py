@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mslt.config import FullSchedule, MsltSchedule, load_recipe, parse_recipe
+from mslt.config import FullSchedule, MsltSchedule, OptimizerConfig, load_recipe, parse_recipe
 from mslt.engine.ds_config import read_engine_config
 from mslt.errors import MsltError
 from mslt.schedule import make_plan
@@ -87,6 +87,24 @@ def test_a_misspelt_key_does_not_hide_sections_that_do_not_agree(tiny_recipe: di
         ("training", {"seed": -1}, "training.seed: "),
         ("optimizer", {"name": "adam"}, "optimizer.name: "),
         ("optimizer", {"learning_rate": float("nan")}, "optimizer.learning_rate: "),
+        (
+            "optimizer",
+            {"name": "adamw", "trust_ratio_bounds": [0.01, 10]},
+            "optimizer: trust_ratio_bounds is for lamb; adamw has no trust ratio; remove it",
+        ),
+        ("optimizer", {"trust_ratio_bounds": [2, 1]}, "optimizer: trust_ratio_bounds 2.0, 1.0: the lowest comes first"),
+        ("optimizer", {"trust_ratio_bounds": [0, 0]}, "optimizer.trust_ratio_bounds.1: "),
+        ("optimizer", {"trust_ratio_bounds": [-1, 1]}, "optimizer.trust_ratio_bounds.0: "),
+        ("optimizer", {"trust_ratio_bounds": [1]}, "optimizer.trust_ratio_bounds.1: missing"),
+        ("optimizer", {"trust_ratio_bounds": [1, 2, 3]}, "optimizer.trust_ratio_bounds: "),
+        ("optimizer", {"trust_ratio_bounds": 10}, "optimizer.trust_ratio_bounds: "),
+        ("optimizer", {"trust_ratio_bounds": [0.1, float("inf")]}, "optimizer.trust_ratio_bounds.1: "),
+        ("optimizer", {"bias_correction": "off and on"}, "optimizer.bias_correction: "),
+        ("optimizer", {"normalize_gradient": 2}, "optimizer.normalize_gradient: "),
+        ("training", {"skip_bad_batches": -1}, "training.skip_bad_batches: "),
+        ("training", {"skip_bad_batches": 1.5}, "training.skip_bad_batches: "),
+        ("training", {"skip_bad_batches": True}, "training.skip_bad_batches: "),
+        ("schedule", {"optimizer_state": "keep"}, "schedule.optimizer_state: "),
         ("schedule", {"name": "stack"}, "schedule.name: 'stack' is none of"),
         ("schedule", {"steps": 0}, "schedule.steps: "),
         ("schedule", {"retrain_share": 0}, "schedule.retrain_share: "),
@@ -102,6 +120,55 @@ def test_one_mistake_is_named_by_its_path(
     lines = refused(tiny_recipe)
     assert lines[0] == "recipe.yaml: 1 mistake"
     assert lines[1].startswith(said)
+
+
+def test_optimizer_is_the_papers_unless_asked_for(tiny_recipe: dict[str, Any]) -> None:
+    recipe = parse_recipe(tiny_recipe, "recipe.yaml")
+    assert recipe.optimizer == OptimizerConfig(
+        name="lamb",
+        learning_rate=0.01,
+        warmup_steps=5,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-6,
+        weight_decay=0.01,
+        bias_correction=True,
+        trust_ratio_bounds=None,
+        normalize_gradient=False,
+    )
+    assert recipe.training.skip_bad_batches == 0
+    assert isinstance(recipe.schedule, MsltSchedule)
+    assert recipe.schedule.optimizer_state == "reset"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "adamw"},
+        {"name": "adamw", "bias_correction": False},
+        {"trust_ratio_bounds": [0.01, 10]},
+        {"trust_ratio_bounds": [0, 1e-3]},
+        {"trust_ratio_bounds": [1, 1]},
+        {"bias_correction": False, "normalize_gradient": True, "trust_ratio_bounds": None},
+    ],
+)
+def test_variant_of_the_optimizer_is_read_from_its_file(
+    tmp_path: Path, tiny_recipe: dict[str, Any], options: dict[str, Any]
+) -> None:
+    tiny_recipe["optimizer"] |= options
+    tiny_recipe["training"]["skip_bad_batches"] = 3
+    tiny_recipe["schedule"]["optimizer_state"] = "carry"
+    recipe = load_recipe(str(write(tmp_path / "r.yaml", tiny_recipe)))
+    found = recipe.optimizer.model_dump(mode="json")
+    assert {key: found[key] for key in options} == options
+    assert recipe.training.skip_bad_batches == 3
+    assert isinstance(recipe.schedule, MsltSchedule)
+    assert recipe.schedule.optimizer_state == "carry"
+
+
+def test_the_baseline_has_no_state_to_carry(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["schedule"] = {"name": "full", "steps": 60, "optimizer_state": "carry"}
+    assert refused(tiny_recipe)[1:] == ["schedule.optimizer_state: unknown key; remove it or mend its spelling"]
 
 
 @pytest.mark.parametrize("steps", [3, 5, 7, 10, 30])

@@ -201,6 +201,12 @@ def test_layers_alone_are_twice_as_fast_with_k_4() -> None:
         ("optimizer", {"beta2": 0.99}),
         ("optimizer", {"eps": 1e-8}),
         ("optimizer", {"weight_decay": 0.1}),
+        ("optimizer", {"name": "adamw"}),
+        ("optimizer", {"bias_correction": False}),
+        ("optimizer", {"trust_ratio_bounds": [0.01, 10]}),
+        ("optimizer", {"normalize_gradient": True}),
+        ("training", {"skip_bad_batches": 1}),
+        ("schedule", {"optimizer_state": "carry"}),
     ],
 )
 def test_digest_changes_with_what_decides_learning(
@@ -218,6 +224,8 @@ def test_digest_changes_with_engine_and_corpus(tiny_plan: Plan) -> None:
     for change in (
         {"shards_sha256": "a" * 64},
         {"engine": {**tiny_plan.engine, "communication_data_type": "fp16"}},
+        {"engine": {**tiny_plan.engine, "zero_optimization": {"stage": 1}}},
+        {"engine": {**tiny_plan.engine, "torch_autocast": {"enabled": True, "dtype": "float16"}}},
         {"engine": {**tiny_plan.engine, "comms_logger": {}}},
     ):
         changed = tiny_plan.model_copy(update=change)
@@ -235,8 +243,11 @@ def test_digest_keeps_for_what_decides_nothing(tiny_recipe: dict[str, Any]) -> N
     assert difference(before, after) == []
 
 
-def test_plan_survives_its_file(tiny_plan: Plan) -> None:
-    for plan in (tiny_plan, equal_stages("bert-large", 3)):
+def test_plan_survives_its_file(tiny_plan: Plan, tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["optimizer"] |= {"trust_ratio_bounds": [0.01, 10], "bias_correction": False}
+    tiny_recipe["training"]["skip_bad_batches"] = 2
+    tiny_recipe["schedule"]["optimizer_state"] = "carry"
+    for plan in (tiny_plan, equal_stages("bert-large", 3), plan_of(tiny_recipe)):
         again = Plan.model_validate_json(json.dumps(plan.model_dump(mode="json")))
         assert again == plan
         assert again.digest() == plan.digest()
@@ -257,6 +268,20 @@ def test_difference_names_paths_and_both_values(tiny_recipe: dict[str, Any]) -> 
     lines = difference(before, plan_of(tiny_recipe))
     assert "stages.3.depth: 4 → (absent)" in lines
     assert "stages.1.depth: 2 → 4" in lines
+
+
+def test_difference_names_what_the_optimizer_keeps_and_leaves_out(tiny_recipe: dict[str, Any]) -> None:
+    before = plan_of(tiny_recipe)
+    tiny_recipe["optimizer"] |= {"trust_ratio_bounds": [0.01, 10], "normalize_gradient": True}
+    tiny_recipe["training"]["skip_bad_batches"] = 2
+    tiny_recipe["schedule"]["optimizer_state"] = "carry"
+    assert difference(before, plan_of(tiny_recipe)) == [
+        "optimizer.trust_ratio_bounds: None → [0.01, 10.0]",
+        "optimizer.normalize_gradient: False → True",
+        "skip_bad_batches: 0 → 2",
+        "stages.2.optimizer_state: reset → carry",
+        "stages.3.optimizer_state: reset → carry",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +315,7 @@ def test_frozen_is_what_does_not_train(tiny_plan: Plan) -> None:
         ({"trainable": ()}, "nothing would be learned"),
         ({"steps": 0}, "steps"),
         ({"first_sample": -8}, "first_sample"),
+        ({"optimizer_state": "keep"}, "optimizer_state"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mslt.config import load_recipe
+from mslt.config import load_recipe, parse_recipe
 from mslt.engine.ds_config import read_engine_config
 from mslt.errors import MsltError
 from mslt.files import write_json
@@ -55,6 +56,44 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path, tiny_plan: Pl
     assert lines[1:3] == [f"  shards_sha256: None → {'b' * 64}", "  clip_norm: 1.0 → 0.5"]
     assert "--run-dir" in lines[3]
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "lines"),
+    [
+        ("schedule", {"optimizer_state": "carry"}, ["stages.2.optimizer_state: reset → carry",
+                                                    "stages.3.optimizer_state: reset → carry"]),
+        ("training", {"skip_bad_batches": 3}, ["skip_bad_batches: 0 → 3"]),
+        ("optimizer", {"name": "adamw"}, ["optimizer.name: lamb → adamw"]),
+        ("optimizer", {"trust_ratio_bounds": [0.01, 10]}, ["optimizer.trust_ratio_bounds: None → [0.01, 10.0]"]),
+    ],
+)  # fmt: skip
+def test_another_optimizer_is_another_plan_and_the_same_goes_on(
+    tmp_path: Path, tiny_recipe: dict[str, Any], section: str, change: dict[str, Any], lines: list[str]
+) -> None:
+    before = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    tiny_recipe[section] |= change
+    after = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    for first, second in ((before, after), (after, before)):
+        run = tmp_path / first.digest()
+        assert read_plan(open_run(run, first, "", {})) == first
+        open_run(run, first, "", {})
+        with pytest.raises(MsltError, match="holds a run of another plan") as caught:
+            open_run(run, second, "", {})
+        if first is before:
+            assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == lines
+
+
+def test_a_plan_from_before_stages_had_an_optimizer_state_is_named(tmp_path: Path, tiny_plan: Plan) -> None:
+    run = open_run(tmp_path / "run", tiny_plan, "", {})
+    for missing in ("skip_bad_batches", "optimizer_state"):
+        held = tiny_plan.model_dump(mode="json")
+        held.pop(missing, None)
+        for stage in held["stages"]:
+            stage.pop(missing, None)
+        run.plan.write_text(json.dumps(held))
+        with pytest.raises(MsltError, match=rf"plan.json: no plan this version of mslt can read(.|\n)*{missing}"):
+            open_run(tmp_path / "run", tiny_plan, "", {})
 
 
 def test_moved_shards_are_no_other_plan(tmp_path: Path, tiny_plan: Plan) -> None:

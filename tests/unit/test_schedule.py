@@ -155,6 +155,35 @@ def test_what_is_the_same_for_all_stages_comes_from_the_recipe(tiny_recipe: dict
     assert plan.clip_norm == 1.0
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("asked", ["reset", "carry", None])
+def test_every_stage_but_the_first_takes_the_state_over_as_asked(
+    tiny_recipe: dict[str, Any], k: int, asked: str | None
+) -> None:
+    tiny_recipe["schedule"]["k"] = k
+    if asked is not None:
+        tiny_recipe["schedule"]["optimizer_state"] = asked
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    assert [stage.optimizer_state for stage in plan.stages] == ["reset", *[asked or "reset"] * k]
+
+
+def test_the_baseline_begins_with_no_state(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["schedule"] = {"name": "full", "steps": 60}
+    plan = make_plan(parse_recipe(tiny_recipe, "r"), {})
+    assert [stage.optimizer_state for stage in plan.stages] == ["reset"]
+
+
+@pytest.mark.parametrize("allowed", [0, 7])
+def test_numbers_of_the_whole_run_come_from_the_recipe(tiny_recipe: dict[str, Any], allowed: int) -> None:
+    tiny_recipe["training"] |= {"skip_bad_batches": allowed, "clip_norm": 0.25}
+    tiny_recipe["optimizer"] |= {"name": "lamb", "trust_ratio_bounds": [0.01, 10], "normalize_gradient": True}
+    recipe = parse_recipe(tiny_recipe, "r")
+    plan = make_plan(recipe, {})
+    assert (plan.skip_bad_batches, plan.clip_norm) == (allowed, 0.25)
+    assert plan.optimizer == recipe.optimizer
+    assert plan.optimizer.trust_ratio_bounds == (0.01, 10.0)
+
+
 def test_without_next_sentences_no_stage_trains_their_slots(tiny_recipe: dict[str, Any]) -> None:
     with_pairs = make_plan(parse_recipe(tiny_recipe, "r"), {})
     tiny_recipe["data"]["next_sentence_prediction"] = False
