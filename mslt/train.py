@@ -258,7 +258,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
                     "samples": stage.first_sample + progress.step * stage.batch_size,
                     **means,
                     "learning_rate": rate,
-                    **scalars,
+                    **{name: value for name, value in scalars.items() if math.isfinite(value)},
                     "train_s": run_s + progress.spent_s["train"],
                     "samples_per_s": since_log * stage.batch_size / seconds,
                 }

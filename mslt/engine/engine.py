@@ -132,7 +132,7 @@ class Engine:
             pieces, sum_over_ranks = whole_pieces(self._trainable), None
         self._optimizer.bind(pieces, matrices, workers.device, sum_over_ranks)
         self._refuse_another_trainable_set()
-        self._stop = torch.zeros((), dtype=torch.long)
+        self._stop = torch.zeros((), dtype=torch.long, pin_memory=workers.device.type == "cuda")
         self._stop_is_here: torch.cuda.Event | None = None
         self._engine.train()  # not said by deepspeed.initialize; puts the slots that stay still into evaluation mode
 
@@ -170,7 +170,7 @@ class Engine:
             with self.clock.span("reduce"):
                 self._engine.allreduce_gradients()
         with self.clock.span("optimizer"):
-            self._optimizer.applied = False  # ZeRO-3 leaves out a step that is not finite without asking
+            self._optimizer.begin_step()
             self._engine.step()
         if self._scale is not None:
             self._scale.update(finite=self._optimizer.applied)
@@ -280,7 +280,7 @@ class Engine:
 
     def _remember_stop(self, count: torch.Tensor) -> None:
         """Fetch the number of ranks that want to stop without waiting for the device."""
-        self._stop = count.to("cpu", non_blocking=True)
+        self._stop.copy_(count, non_blocking=True)
         if count.is_cuda:
             self._stop_is_here = torch.cuda.Event()
             self._stop_is_here.record()

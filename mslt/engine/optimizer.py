@@ -90,6 +90,11 @@ class Lamb(torch.optim.Optimizer):
         self._apex = ApexLamb(self.pieces, self.moments, self.config) if self.config.implementation == "apex" else None
         self._bound = True
 
+    def begin_step(self) -> None:
+        """Until `step` says otherwise this one is left out: ZeRO-3 does not ask for one that is not finite."""
+        self.applied = False
+        self.gradient_norm = torch.tensor(math.nan)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every piece, all of which have a gradient. Gradients are scaled in place."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_exactness import LOW_PRECISION_AIMS, Row, measure
+from benchmarks.engine_exactness import measure
 
 ZERO_STAGES = [0, 1, 2, 3]
 
@@ -26,16 +26,8 @@ def test_zero_changes_low_precision_by_the_rounding_of_what_is_reduced_alone(
     """As shipped, bf16 and fp16 are reduced as such: in ZeRO-2 and 3 every micro-batch, on more than two workers in
     another order. That is no more than the precision itself costs, and is gone where fp32 is reduced."""
     rows = measure(tmp_path, shards, world_size, ["bf16", "fp16"], ZERO_STAGES, beside=True)
-    assert not {row.cell.label: row.faults for row in rows if row.faults}
+    assert not {row.cell.label: row.missed for row in rows if row.missed}
     for row in rows:
-        after_one, after_five = (error for error, _ in row.worst)
-        if row.cell.table == "bf16, fp32 reduced":
-            aim = LOW_PRECISION_AIMS[zero_of(row)]
-            assert aim is None or max(after_one, after_five) < aim, row.cell.label
-        elif row.cell.table in ("bf16", "fp16"):
-            assert after_five < 0.05, row.cell.label
+        if "as shipped" in row.cell.table:
+            assert row.worst[-1][0] < 0.05, row.cell.label
             assert row.from_fp32 < 0.1, row.cell.label
-
-
-def zero_of(row: Row) -> int:
-    return int(row.cell.label.split("ZeRO-")[1][0])
