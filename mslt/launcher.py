@@ -36,8 +36,9 @@ def num_workers_here(asked: int | None) -> int:
 def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     """Start the workers on this machine through DeepSpeed's launcher, wait, and return its exit status.
 
-    A signal of SAVE_AND_LEAVE goes on to the workers (DeepSpeed's own processes would end them at once), a second one
-    and those of LEAVE to the whole process group. The first signal is the status then, negative.
+    At a signal of SAVE_AND_LEAVE the ranks alone are told, by SIGUSR1, and have LEAVE_S to go: on SIGTERM DeepSpeed's
+    own processes end them, and torch's loader processes end themselves. A second one, and those of LEAVE, go to the
+    whole process group. The first signal is the status then, negative.
     """
     environment = dict(os.environ)
     where = ["--num_gpus", str(num_workers)]
@@ -58,26 +59,31 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     def stop(signal_number: int, _: FrameType | None) -> None:
         received.append(signal_number)
         for leader in group:
-            asked = _workers(leader) if signal_number in SAVE_AND_LEAVE and len(received) == 1 else []
-            for worker in asked:
-                with suppress(psutil.NoSuchProcess):
-                    worker.send_signal(signal_number)
-            if not asked:
+            ranks = _ranks(leader) if signal_number in SAVE_AND_LEAVE and len(received) == 1 else []
+            for rank in ranks:
+                with suppress(psutil.Error):
+                    rank.send_signal(signal.SIGUSR1)
+            if not ranks:
                 with suppress(ProcessLookupError):
                     os.killpg(leader, signal_number)
 
     previous = {number: signal.signal(number, stop) for number in (*SAVE_AND_LEAVE, *LEAVE)}
     try:
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=_ignore_what_is_for_the_ranks
+        )
         group.append(process.pid)
         if received:
             stop(received[0], None)
-        while not received:
+        status = None
+        while status is None and not received:
             with suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=1)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=LEAVE_S)
-        return -received[0]
+                status = process.wait(timeout=1)
+        deadline = time.monotonic() + LEAVE_S
+        while received and _group_lives(process.pid) and time.monotonic() < deadline:
+            process.poll()  # a child that is not waited for keeps its group alive
+            time.sleep(0.1)
+        return -received[0] if received else int(status or 0)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -97,11 +103,19 @@ def _visible_gpus(environment: dict[str, str]) -> list[str]:
     return indices
 
 
-def _workers(leader: int) -> list[psutil.Process]:
-    try:
-        return [p for p in psutil.Process(leader).children(recursive=True) if WORKER_MODULE in p.cmdline()]
-    except psutil.Error:
-        return []
+def _ranks(leader: int) -> list[psutil.Process]:
+    """The runner's child is DeepSpeed's launcher of this machine, whose children are the ranks; theirs load data."""
+    ranks = []
+    with suppress(psutil.Error):
+        for launcher in psutil.Process(leader).children():
+            with suppress(psutil.Error):
+                ranks += launcher.children()
+    return ranks
+
+
+def _ignore_what_is_for_the_ranks() -> None:
+    """Inherited by DeepSpeed's processes, which have no handler for it; the ranks set their own."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _end_group(leader: int) -> None:

@@ -128,8 +128,9 @@ class Plan(Frozen):
         return sum(stage.steps for stage in self.stages[:stage_index])
 
     def deciding(self) -> dict[str, Any]:
-        """Everything that decides what is learned. Where the shards lie does not, nor how many samples fit at once."""
-        free: Any = {"data": {"shards"}, "stages": {"__all__": {"micro_batch_size"}}}
+        """Everything that decides what is learned. Where the shards lie does not, nor how many samples fit at once, nor
+        how many bad batches are borne."""
+        free: Any = {"data": {"shards"}, "skip_bad_batches": True, "stages": {"__all__": {"micro_batch_size"}}}
         return self.model_dump(mode="json", exclude=free)
 
     def digest(self) -> str:

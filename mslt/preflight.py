@@ -40,7 +40,7 @@ def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None, nu
     folder = shards or Path(recipe.data.shards)
     manifest = read_manifest(folder)
     plan = make_plan(recipe, engine, manifest.hash)
-    check_gpus(autocast_dtype(engine))
+    check_gpus(autocast_dtype(engine), num_workers)
     _check_shards(recipe, folder, manifest)
     for stage in plan.stages:
         micro_batch_size(stage, num_workers)

@@ -108,13 +108,9 @@ def run_stage(job: Job, stage_index: int) -> None:
     """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on."""
     plan, workers = job.plan, job.workers
     where = job.run.stage(stage_index)
-    if workers.rank == 0:
-        _ensure_base(job, stage_index)
-    workers.barrier()
-
-    base = load_state(where.base)
-    engine = Engine(build_module(plan, stage_index, base), plan, stage_index, workers)
-    progress = _resume(job, stage_index, engine)
+    chosen = workers.broadcast(_ensure_start(job, stage_index) if workers.rank == 0 else None)
+    engine = Engine(build_module(plan, stage_index, load_state(where.base)), plan, stage_index, workers)
+    progress = _resume(job, stage_index, engine, chosen)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
     try:
         _steps(job, stage_index, engine, progress, watcher)
@@ -123,14 +119,14 @@ def run_stage(job: Job, stage_index: int) -> None:
             watcher.close()
     job.writer.wait()
     if progress.step == plan.stages[stage_index].steps:
-        _finish(job, stage_index, engine, progress, base)
+        _finish(job, stage_index, engine, progress)
     engine.close()
     workers.barrier()
 
 
-def _ensure_base(job: Job, stage_index: int) -> None:
-    """Make the stage base from the model of the stage before, or check the one that is there; and see to it that what
-    the optimizer hands over from that stage is not lost. Rank 0 only."""
+def _ensure_start(job: Job, stage_index: int) -> checkpoint.Checkpoint | None:
+    """Make the stage base from the model of the stage before, or check the one that is there. Returns the newest valid
+    checkpoint; where there is none, what the stage before hands over, if it does. Rank 0 only."""
     plan, stage, where = job.plan, job.plan.stages[stage_index], job.run.stage(stage_index)
     if where.base_description.exists():
         if sha256_file(where.base) != json.loads(where.base_description.read_text())["sha256"]:
@@ -149,22 +145,30 @@ def _ensure_base(job: Job, stage_index: int) -> None:
             fresh = factory.initial_state(plan.model, stage.depth, seed)
         grown = rebuild(before, stage.sources, FAMILIES[plan.model.family], fresh)
         save_base(where.base, where.base_description, grown, origin)
-    if stage_index and checkpoint.newest_valid(where.checkpoints, _base_sha256(job, stage_index))[0] is None:
+    chosen, passed_over = _newest_checkpoint(job, stage_index)
+    for line in passed_over:
+        print(f"warning: {line}", file=sys.stderr)
+    if chosen is None and stage_index:
         _hand_over(job, stage_index)
+        chosen, _ = _newest_checkpoint(job, stage_index)
+    return chosen
 
 
 def _hand_over(job: Job, stage_index: int) -> None:
-    """Commit checkpoint 0 of the stage: what its optimizer takes over from the end of the stage before. The loss scale
-    always; the moments too where the plan carries them, each layer's from the layer that it is a copy of."""
+    """Commit checkpoint 0 of the stage: what its optimizer takes over from the end of the stage before. In fp16 the
+    loss scale; where the plan carries them the moments, each layer's from the layer that it is a copy of."""
     plan, stage = job.plan, job.plan.stages[stage_index]
+    if stage.optimizer_state == "reset" and autocast_dtype(plan.engine) != "float16":
+        return
     parent = job.run.stage(stage_index - 1)
-    last, passed_over = checkpoint.newest_valid(parent.checkpoints, _base_sha256(job, stage_index - 1))
+    last, passed_over = _newest_checkpoint(job, stage_index - 1)
     if last is None or last.step != plan.stages[stage_index - 1].steps:
         lost = "; ".join(passed_over) or f"{parent.checkpoints}: holds no checkpoint of its last step"
         if stage.optimizer_state == "carry":
             raise MsltError(
                 f"stage {stage_index + 1} carries the optimizer's state of the stage before, and that is lost "
-                f"({lost}); delete {parent.summary} and the last steps of that stage are taken again"
+                f"({lost}); delete {parent.summary} and {job.run.stage(stage_index).path}, and the same command takes "
+                "the last steps of the stage before again"
             )
         print(f"warning: the loss scale starts anew in stage {stage_index + 1} ({lost})", file=sys.stderr)
         return
@@ -187,6 +191,11 @@ def _base_sha256(job: Job, stage_index: int) -> str:
     return str(json.loads(job.run.stage(stage_index).base_description.read_text())["sha256"])
 
 
+def _newest_checkpoint(job: Job, stage_index: int) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    folder = job.run.stage(stage_index).checkpoints
+    return checkpoint.newest_valid(folder, _base_sha256(job, stage_index), job.plan.digest())
+
+
 def _about(job: Job, stage_index: int, engine_numbers: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """What a checkpoint's manifest says besides its files."""
     return {
@@ -199,19 +208,12 @@ def _about(job: Job, stage_index: int, engine_numbers: dict[str, Any], progress:
     }
 
 
-def _resume(job: Job, stage_index: int, engine: Engine) -> Progress:
-    """Load the newest valid checkpoint, chosen by rank 0, into the engine. Returns what was done so far."""
-    chosen = None
-    if job.workers.rank == 0:
-        where = job.run.stage(stage_index)
-        chosen, passed_over = checkpoint.newest_valid(where.checkpoints, _base_sha256(job, stage_index))
-        for line in passed_over:
-            print(f"warning: {line}", file=sys.stderr)
-        if chosen is not None and chosen.step:
-            print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
-    chosen = job.workers.broadcast(chosen)
+def _resume(job: Job, stage_index: int, engine: Engine, chosen: checkpoint.Checkpoint | None) -> Progress:
+    """Load the checkpoint that rank 0 has chosen into the engine. Returns what was done so far."""
     if chosen is None:
         return Progress()
+    if chosen.step and job.workers.rank == 0:
+        print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
     with chosen.open() as shares:
         engine.load(shares.read, chosen.manifest["engine"])
     return Progress(**chosen.manifest["progress"])
@@ -298,7 +300,7 @@ def _refuse_divergence(
         found = f"the MLM loss is {means['mlm_loss']:.2f}, and a model that knows nothing has {unlearned:.2f}"
     if found is not None:
         raise MsltError(
-            f"{found} at step {step} of stage {stage_index + 1} ({_last_good(job, stage_index)}). Lower "
+            f"{found}, seen at step {step} of stage {stage_index + 1} ({_last_good(job, stage_index)}). Lower "
             "optimizer.learning_rate or lengthen optimizer.warmup_steps, and start a new run directory"
         )
 
@@ -308,13 +310,14 @@ def _refuse_bad_batches(job: Job, stage_index: int, engine: Engine, progress: Pr
         raise MsltError(
             f"the gradient is not finite at step {progress.step} of stage {stage_index + 1}, for the "
             f"{engine.left_out_steps}. time; training.skip_bad_batches allows {job.plan.skip_bad_batches} "
-            f"({_last_good(job, stage_index)}). Raise it, or lower optimizer.learning_rate, in a new run directory"
+            f"({_last_good(job, stage_index)}). Raise it and run the same command again, or lower "
+            "optimizer.learning_rate in a new run directory"
         )
 
 
 def _last_good(job: Job, stage_index: int) -> str:
     job.writer.wait()
-    newest, _ = checkpoint.newest_valid(job.run.stage(stage_index).checkpoints, _base_sha256(job, stage_index))
+    newest, _ = _newest_checkpoint(job, stage_index)
     return f"last good checkpoint: {newest.path if newest else job.run.stage(stage_index).base}"
 
 
@@ -343,11 +346,11 @@ def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> Non
     progress.spend("checkpoint", time.perf_counter() - started)
 
 
-def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, base: State) -> None:
+def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
     """Check the stage's promises, write the model folder, then the summary that says DONE."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
     state = engine.export_state()
-    _refuse_moved_weights(job, stage_index, state, base)
+    _refuse_moved_weights(job, stage_index, state, load_state(where.base))
     if job.workers.rank > 0:
         return
     origin = {
@@ -359,7 +362,6 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, base
     }
     model = factory.build(job.plan.model, stage.depth, state)
     save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
-    checkpoint.keep_only(where.checkpoints, stage.steps)  # the next stage takes over from it
     summary = {
         "stage": stage_index + 1,
         "depth": stage.depth,
@@ -378,7 +380,7 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, base
 
 
 def _refuse_moved_weights(job: Job, stage_index: int, state: State, base: State) -> None:
-    """Frozen weights must be the base's, on every rank; and all ranks must have come to the same weights."""
+    """MsltError where a frozen weight is not the base's, on any rank; a warning where ranks differ in any weight."""
     family, stage = FAMILIES[job.plan.model.family], job.plan.stages[stage_index]
     frozen = [name for name in state if slot_of(family, name) in stage.frozen]
     moved = [name for name in frozen if not torch.equal(state[name], base[name])]

@@ -35,6 +35,7 @@ def main() -> None:
 
 
 def _work(recipe: str, run_dir: Path | None, shards: Path | None, told: list[int]) -> None:
+    from mslt.engine.ds_config import zero_stage
     from mslt.engine.engine import quiet, start_workers
     from mslt.preflight import open_recipe
     from mslt.rundir import lock_run
@@ -50,7 +51,8 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None, told: list[int
     with lock_run(opened.run) if workers.rank == 0 else nullcontext():
         train(opened.plan, opened.run, opened.shards, opened.recipe.watch, workers, lambda: bool(told))
     if workers.rank == 0 and (stage_index := opened.run.first_unfinished(opened.plan)) is not None:
-        why = f"saved and left on {signal.Signals(told[0]).name}" if told else "ZeRO-3 takes a launch for every stage"
+        for_zero = zero_stage(opened.plan.engine) == 3 and not told
+        why = "ZeRO-3 takes a launch for every stage" if for_zero else "saved and left, as it was told"
         print(f"{opened.run.path}: {why}; start again for stage {stage_index + 1}", file=sys.stderr)
 
 

@@ -5,6 +5,7 @@ all int64; nsp_labels is 0 where B follows A, 1 where it is random, as in Huggin
 IGNORED_LABEL where there is no B because next-sentence prediction is switched off.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -103,13 +104,27 @@ def training_batches(
             sampler=range(first_step, stage.steps),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_rank,
         )
     )
 
 
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A cluster tells every process of a job to go; the rank still saves then, and ends its loaders after."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def evaluation_batches(samples: Samples, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """The split's first `evaluation_samples` samples of epoch 0 (all, where it has fewer), dealt out to the ranks."""
+    """The split's first `evaluation_samples` samples of epoch 0 (all, where it has fewer), dealt out to the ranks.
+
+    Every rank gets as many batches, for with ZeRO-3 a forward pass is a collective: where it has no sample left, one
+    without labels.
+    """
     count = min(samples.config.evaluation_samples, samples.order.num_samples(0))
     mine = range(rank, count, world_size)
-    for first in range(0, len(mine), batch_size):
-        yield samples.batch(mine[first : first + batch_size])
+    for first in range(0, -(-count // world_size), batch_size):
+        indices = mine[first : first + batch_size]
+        batch = samples.batch(indices or [0])
+        if not indices:
+            batch |= {name: torch.full_like(batch[name], IGNORED_LABEL) for name in ("mlm_labels", "nsp_labels")}
+        yield batch

@@ -152,23 +152,17 @@ class Writer:
             raise OSError(f"{said}; make room, or mend the folder, and run the same command again") from error
 
 
-def newest_valid(folder: Path, base_sha256: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of this stage base that is whole, and a line about each newer one passed over."""
+def newest_valid(folder: Path, base_sha256: str, plan: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of this stage base and plan (its digest) that is whole, and a line about each newer one
+    passed over."""
     passed_over: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        fault = _fault(path, base_sha256)
+        fault = _fault(path, base_sha256, plan)
         if fault is None:
             manifest = json.loads((path / _MANIFEST).read_text())
             return Checkpoint(path, manifest["step"], manifest), passed_over
         passed_over.append(f"checkpoint {path} passed over: {fault}")
     return None, passed_over
-
-
-def keep_only(folder: Path, step: int) -> None:
-    """Delete all checkpoints but that of `step`."""
-    for path in folder.glob("step-*"):
-        if path != _path(folder, step):
-            shutil.rmtree(path)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -218,16 +212,19 @@ def _seal(folder: Path, step: int, files: dict[str, dict[str, Any]], about: dict
         shutil.rmtree(path)
     os.rename(temporary, path)
     fsync_folder(folder)
-    others = sorted(folder.glob("step-*"))
-    for unwanted in [*others[others.index(path) + 1 :], *others[: others.index(path) + 1 - KEPT]]:
+    steps = sorted(folder.glob("step-*"))
+    end = steps.index(path) + 1
+    for unwanted in [*steps[end:], *steps[: max(end - KEPT, 0)]]:
         shutil.rmtree(unwanted)
 
 
-def _fault(path: Path, base_sha256: str) -> str | None:
+def _fault(path: Path, base_sha256: str, plan: str) -> str | None:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         if manifest["base_sha256"] != base_sha256:
             return "belongs to another stage base"
+        if manifest["plan"] != plan:
+            return "belongs to another plan"
         for name, about in manifest["files"].items():
             file = path / name
             if file.stat().st_size != about["bytes"]:

@@ -9,40 +9,25 @@ import torch
 
 
 class Clock:
-    """Adds up seconds under names; a span inside another stops the outer one's, so that no second counts twice.
-
-    On CUDA the marks are events, read when `take` is called.
-    """
+    """Adds up seconds under names. On CUDA the spans are events, read when `take` is called."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[str] = []
-        self._since: float | torch.cuda.Event = 0.0
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        self._mark()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._mark()
-            self._open.pop()
-
-    def _mark(self) -> None:
-        """Give the time since the last mark to the innermost span that was open."""
-        now: float | torch.cuda.Event = time.perf_counter()
         if self._on_cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        if self._open:
-            if isinstance(now, float):
-                self._seconds[self._open[-1]] += now - self._since  # type: ignore[operator]
-            else:
-                self._pending.append((self._open[-1], self._since, now))  # type: ignore[arg-type]
-        self._since = now
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._pending.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, by name."""

@@ -22,6 +22,7 @@ from mslt.engine.ds_config import autocast_dtype, complete, zero_stage
 from mslt.engine.optimizer import Lamb, LossScale, refuse_unequal_apex
 from mslt.engine.pieces import whole_pieces, zero_pieces
 from mslt.errors import MsltError
+from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.surgery import State
 from mslt.plan import Plan, micro_batch_size
@@ -111,6 +112,7 @@ class Engine:
         self.clock = Clock(workers.device)
         self.handed_bytes: Counter[str] = Counter()  # what DeepSpeed handed to collectives in steps, by collective
         self.left_out_steps = 0
+        self._bytes_are_checked = False
         self._trainable = {n: p for n, p in module.model.named_parameters() if p.requires_grad}
         self.sizes = {name: parameter.numel() for name, parameter in self._trainable.items()}
         matrices = [name for name, parameter in self._trainable.items() if parameter.ndim > 1]
@@ -131,7 +133,7 @@ class Engine:
         else:
             pieces, sum_over_ranks = whole_pieces(self._trainable), None
         self._optimizer.bind(pieces, matrices, workers.device, sum_over_ranks)
-        self._refuse_another_trainable_set()
+        self._refuse_another_trainable_set(plan)
         self._stop = torch.zeros((), dtype=torch.long, pin_memory=workers.device.type == "cuda")
         self._stop_is_here: torch.cuda.Event | None = None
         self._engine.train()  # not said by deepspeed.initialize; puts the slots that stay still into evaluation mode
@@ -176,10 +178,13 @@ class Engine:
             self._scale.update(finite=self._optimizer.applied)
         elif not self._optimizer.applied:
             self.left_out_steps += 1
-            total.zero_()  # its losses are not finite either
+        if not self._optimizer.applied:
+            total *= total.isfinite().all()
+            total.nan_to_num_(0.0, 0.0, 0.0)  # a batch that taught nothing must not spoil the mean
         handed = self.workers.handed_bytes - before
-        if not self.handed_bytes:
+        if not self._bytes_are_checked:
             self._refuse_other_bytes(handed, len(micro_batches))
+            self._bytes_are_checked = True
         self.handed_bytes += handed
         return total
 
@@ -292,15 +297,20 @@ class Engine:
         parts = {name: tensor.split(self.micro_batch_size) for name, tensor in batch.items()}
         return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
-    def _refuse_another_trainable_set(self) -> None:
-        """The optimizers of all ranks together must hold every trainable element once (without ZeRO, each rank all)."""
+    def _refuse_another_trainable_set(self, plan: Plan) -> None:
+        """The optimizers of all ranks together must hold every element that the plan trains once (without ZeRO, each
+        rank all), and nothing else."""
         held = torch.zeros(len(self.sizes), dtype=torch.long, device=self.workers.device)
         position = {name: index for index, name in enumerate(self.sizes)}
         for piece in self._optimizer.pieces:
             held[position[piece.name]] += piece.numel
         if self.zero_stage:
             self.workers.sum(held)
+        family = FAMILIES[plan.model.family]
+        names = (name for name, _ in self._engine.module.model.named_parameters())
+        planned = {name for name in names if slot_of(family, name) in self.stage.trainable}
         wrong = [name for (name, size), found in zip(self.sizes.items(), held.tolist(), strict=True) if found != size]
+        wrong += planned ^ self.sizes.keys()
         if wrong:
             raise MsltError(
                 f"engine: DeepSpeed {deepspeed.__version__} optimizes another set of parameters than the plan trains: "
@@ -311,7 +321,7 @@ class Engine:
         """What DeepSpeed handed to its collectives in a step must be the gradients of the trainable parameters, to the
         byte, and with ZeRO the weights that the ranks hold for each other."""
         expected = step_bytes(self._config, list(self.sizes.values()), self.workers.size, num_micro_batches)
-        found = {name: handed[name] for name in expected}
+        found = dict(handed) if self.zero_stage < 3 else {name: handed[name] for name in expected}
         if found != expected:
             raise MsltError(
                 f"engine: in the first step DeepSpeed {deepspeed.__version__} handed {found} bytes to its collectives, "

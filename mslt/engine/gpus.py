@@ -3,6 +3,7 @@
 Otherwise torch only warns, and the first kernel fails: "no kernel image is available for execution on the device".
 """
 
+import os
 import re
 from typing import Literal
 
@@ -24,15 +25,16 @@ _INDEX = "https://download.pytorch.org/whl"
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
-def check_gpus(autocast: Literal["bfloat16", "float16"] | None) -> None:
-    """MsltError, one for all visible GPUs, where torch has no kernels for one or it lacks the precision. Without a GPU
-    that torch can reach, nothing. Starts CUDA in this process."""
-    if not torch.cuda.is_available():
+def check_gpus(autocast: Literal["bfloat16", "float16"] | None, num_workers: int) -> None:
+    """MsltError, one for all GPUs that the workers take, where torch has no kernels for one or it lacks the precision.
+    Without a GPU that torch can reach, or where DeepSpeed is told to use the CPU, nothing. Starts CUDA in this process.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return
     arch_list, version = torch.cuda.get_arch_list(), torch.__version__
     found = [
         gpu_problems(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i), arch_list, version, autocast)
-        for i in range(torch.cuda.device_count())
+        for i in range(min(num_workers, torch.cuda.device_count()))
     ]
     if any(found):
         hide = [] if all(found) else ["or leave such a GPU out with CUDA_VISIBLE_DEVICES"]

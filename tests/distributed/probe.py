@@ -38,6 +38,7 @@ from mslt.validation import Frozen
 from tests.distributed.oracle import plain_lamb
 
 BASE_SHA256 = "of the base that tests share"
+PLAN = "of the plan that tests share"
 
 
 class Moment(Frozen):
@@ -270,13 +271,13 @@ def write_weights(case: Case, job: Job, workers: Workers, state: State, steps: i
 def save(engine: Engine, folder: Path, step: int, workers: Workers) -> None:
     writer = checkpoint.Writer(workers.rank)
     tensors, numbers = engine.save()
-    writer.write(folder, step, tensors, {"base_sha256": BASE_SHA256, "engine": numbers})
+    writer.write(folder, step, tensors, {"base_sha256": BASE_SHA256, "plan": PLAN, "engine": numbers})
     writer.wait()
     writer.close()
 
 
 def load(engine: Engine, folder: Path) -> None:
-    found, passed_over = checkpoint.newest_valid(folder, BASE_SHA256)
+    found, passed_over = checkpoint.newest_valid(folder, BASE_SHA256, PLAN)
     assert found is not None, passed_over
     with found.open() as shares:
         engine.load(shares.read, found.manifest["engine"])

@@ -26,7 +26,7 @@ from mslt.plan import Plan
 from mslt.schedule import lr_at, make_plan
 from mslt.train import build_module
 from tests.distributed.oracle import train_plainly
-from tests.distributed.probe import BASE_SHA256, Case, Job, Moment, alone, launch, load, told, weights
+from tests.distributed.probe import BASE_SHA256, PLAN, Case, Job, Moment, alone, launch, load, told, weights
 
 ZERO_STAGES = [0, 1, 2, 3]
 FROZEN, FULL = 1, 2  # stages of the plan: the upper two of four layers train with the heads, or everything
@@ -194,7 +194,7 @@ def saved_at_two(job: Job) -> dict[str, dict[str, torch.Tensor]]:
 
 def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Flattened tensors of a checkpoint, by kind and parameter."""
-    found, passed_over = checkpoint.newest_valid(folder, BASE_SHA256)
+    found, passed_over = checkpoint.newest_valid(folder, BASE_SHA256, PLAN)
     assert found is not None, passed_over
     with found.open() as shares:
         return {kind: shares.whole(kind) for kind in ("weight", "exp_avg", "exp_avg_sq", "step")}

@@ -175,7 +175,7 @@ def test_told_to_leave_it_saves_and_leaves_no_process_behind_and_goes_on_with_ot
     parent.send_signal(signal.SIGTERM)
     _, said = parent.communicate(timeout=60)
     assert parent.returncode == 2
-    assert "saved and left on SIGTERM" in said
+    assert "saved and left, as it was told" in said
     _, alive = psutil.wait_procs(descendants, timeout=5)
     assert not alive
     left_at = max(record["step"] for record in metrics.read(run.metrics)) - 150

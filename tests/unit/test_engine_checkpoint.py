@@ -26,6 +26,7 @@ from mslt.engine import checkpoint
 from mslt.engine.checkpoint import Checkpoint, Writer
 
 BASE = "a" * 64
+PLAN = "d" * 64
 WAIT_S = 60
 NUMEL = {"bert.pooler.dense.weight": 256, "bert.embeddings.LayerNorm.bias": 7}
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -54,7 +55,9 @@ def shares(step: int, world_size: int, seed: int = 0) -> list[Tensors]:
 def commit(folder: Path, *steps: int) -> None:
     for step in steps:
         (tensors,) = shares(step, 1)
-        checkpoint.commit(folder, step, tensors, {"base_sha256": BASE, "engine": {"left_out_steps": step}})
+        checkpoint.commit(
+            folder, step, tensors, {"base_sha256": BASE, "plan": PLAN, "engine": {"left_out_steps": step}}
+        )
 
 
 def by_hand(folder: Path, step: int, ranks: list[Tensors]) -> Path:
@@ -63,7 +66,9 @@ def by_hand(folder: Path, step: int, ranks: list[Tensors]) -> Path:
     path.mkdir(parents=True)
     for rank, tensors in enumerate(ranks):
         save_file(tensors, path / f"rank-{rank}.safetensors")
-    (path / "manifest.json").write_text(json.dumps({"step": step, "files": listed(path), "base_sha256": BASE}))
+    (path / "manifest.json").write_text(
+        json.dumps({"step": step, "files": listed(path), "base_sha256": BASE, "plan": PLAN})
+    )
     return path
 
 
@@ -76,7 +81,7 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def newest(folder: Path) -> Checkpoint:
-    found, passed_over = checkpoint.newest_valid(folder, BASE)
+    found, passed_over = checkpoint.newest_valid(folder, BASE, PLAN)
     assert passed_over == []
     assert found is not None
     return found
@@ -140,6 +145,7 @@ def test_format_is_the_documented_one(tmp_path: Path) -> None:
         "step": 4,
         "files": listed(path),
         "base_sha256": BASE,
+        "plan": PLAN,
         "engine": {"left_out_steps": 4},
     }
 
@@ -196,7 +202,7 @@ def test_a_tensor_with_a_hole_is_never_handed_out(tmp_path: Path) -> None:
 
 
 def test_nothing_to_hand_over_is_a_checkpoint_too(tmp_path: Path) -> None:
-    checkpoint.commit(tmp_path, 0, {}, {"base_sha256": BASE})
+    checkpoint.commit(tmp_path, 0, {}, {"base_sha256": BASE, "plan": PLAN})
     with newest(tmp_path).open() as opened:
         assert opened.whole("exp_avg") == {}
         assert opened.read("weight", "a", 0, 2) is None
@@ -228,12 +234,13 @@ def test_step_committed_again_replaces_the_damaged_one(tmp_path: Path) -> None:
     assert names(tmp_path / "step-00000008") == ["manifest.json", "rank-0.safetensors"], "nothing of the old one"
 
 
-def test_all_but_one_are_deleted(tmp_path: Path) -> None:
-    commit(tmp_path, 4, 8)
-    checkpoint.keep_only(tmp_path, 8)
-    assert names(tmp_path) == ["step-00000008"]
-    checkpoint.keep_only(tmp_path, 8)
-    assert_holds(newest(tmp_path), 8)
+@pytest.mark.parametrize("later", [[12], [12, 16]])
+def test_what_is_committed_stays_though_only_later_ones_that_were_passed_over_are_there(
+    tmp_path: Path, later: list[int]
+) -> None:
+    commit(tmp_path, *later)
+    commit(tmp_path, 0)
+    assert names(tmp_path) == ["step-00000000"]
 
 
 # Damage: of step 8, whose state lies in the files of two ranks
@@ -263,6 +270,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "file without a hash": (lambda p: edit_manifest(p, files={"rank-0.safetensors": {}}), "not readable .*bytes"),
     "file without a name": (lambda p: edit_manifest(p, files={"": {"bytes": 1, "sha256": BASE}}), "has .* bytes"),
     "step no number": (lambda p: edit_manifest(p, step="8"), "not readable .*step '8'"),
+    "of another plan": (lambda p: edit_manifest(p, plan="e" * 64), "belongs to another plan"),
     "of another base": (lambda p: edit_manifest(p, base_sha256="b" * 64), "belongs to another stage base"),
 }
 
@@ -274,7 +282,7 @@ def test_damaged_checkpoint_is_passed_over_with_a_reason(tmp_path: Path, damage:
     assert newest(tmp_path).step == 8
     spoil, reason = DAMAGES[damage]
     spoil(tmp_path / "step-00000008")
-    found, (line,) = checkpoint.newest_valid(tmp_path, BASE)
+    found, (line,) = checkpoint.newest_valid(tmp_path, BASE, PLAN)
     assert found is not None
     assert_holds(found, 4)
     assert line.startswith(f"checkpoint {tmp_path / 'step-00000008'} passed over: ")
@@ -282,9 +290,9 @@ def test_damaged_checkpoint_is_passed_over_with_a_reason(tmp_path: Path, damage:
 
 
 def test_nothing_valid_is_nothing(tmp_path: Path) -> None:
-    assert checkpoint.newest_valid(tmp_path / "none", BASE) == (None, [])
+    assert checkpoint.newest_valid(tmp_path / "none", BASE, PLAN) == (None, [])
     commit(tmp_path, 4, 8)
-    found, passed_over = checkpoint.newest_valid(tmp_path, "c" * 64)
+    found, passed_over = checkpoint.newest_valid(tmp_path, "c" * 64, PLAN)
     assert found is None
     assert [line.split()[1].rsplit("-", 1)[1] for line in passed_over] == ["00000008", "00000004"]
 
@@ -321,7 +329,7 @@ def test_nothing_is_unpickled_whatever_the_manifest_says(tmp_path: Path, strange
     path, mark = tmp_path / "step-00000008", tmp_path / "the payload ran"
     STRANGERS[stranger](path, Payload(mark))
     edit_manifest(path, files=listed(path))  # hashes and sizes agree
-    found, (line,) = checkpoint.newest_valid(tmp_path, BASE)
+    found, (line,) = checkpoint.newest_valid(tmp_path, BASE, PLAN)
     assert found is not None
     assert_holds(found, 4)
     assert re.search(r"step-00000008 passed over: not readable \(.*header", line), line
@@ -337,7 +345,7 @@ def test_a_pickle_for_a_manifest_is_not_unpickled(tmp_path: Path) -> None:
     commit(tmp_path, 4)
     mark = tmp_path / "the payload ran"
     (tmp_path / "step-00000004/manifest.json").write_bytes(pickle.dumps(Payload(mark)))
-    found, (line,) = checkpoint.newest_valid(tmp_path, BASE)
+    found, (line,) = checkpoint.newest_valid(tmp_path, BASE, PLAN)
     assert found is None
     assert "not readable" in line
     assert not mark.exists()
@@ -362,7 +370,7 @@ def test_killed_commit_leaves_no_folder_of_its_name_and_the_next_clears_up(tmp_p
             checkpoint.write_json = kill
         else:
             os.rename = kill
-        checkpoint.commit(tmp_path, 8, tensors, {"base_sha256": BASE})
+        checkpoint.commit(tmp_path, 8, tensors, {"base_sha256": BASE, "plan": PLAN})
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
@@ -426,7 +434,7 @@ def test_a_file_over_the_systems_limit_is_an_oserror(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # a real refusal of the system; half of it is written
     try:
         with pytest.raises(OSError, match="File too large"):
-            checkpoint.commit(tmp_path, 8, large, {"base_sha256": BASE})
+            checkpoint.commit(tmp_path, 8, large, {"base_sha256": BASE, "plan": PLAN})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-00000004"]
@@ -466,7 +474,7 @@ class Gate:
 
 
 def hand_over(writer: Writer, folder: Path, step: int) -> None:
-    writer.write(folder, step, shares(step, 1)[0], {"base_sha256": BASE})
+    writer.write(folder, step, shares(step, 1)[0], {"base_sha256": BASE, "plan": PLAN})
 
 
 def test_write_returns_before_the_file_is_there(
@@ -477,7 +485,7 @@ def test_write_returns_before_the_file_is_there(
     assert gate.reached.wait(WAIT_S)
     writer.raise_if_failed()  # does not wait
     assert gate.seen == ["begin 4"]
-    assert checkpoint.newest_valid(folder, BASE) == (None, [])
+    assert checkpoint.newest_valid(folder, BASE, PLAN) == (None, [])
     gate.open.set()
     writer.wait()
     assert_holds(newest(folder), 4)
@@ -605,7 +613,7 @@ def two_ranks(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=WAIT_S)
     )
-    writer, about = Writer(rank), {"base_sha256": BASE}
+    writer, about = Writer(rank), {"base_sha256": BASE, "plan": PLAN}
     for step in (4, 8, 12):
         writer.write(folder / "cut", step, shares(step, 2, seed=1)[rank], about | {"world_size": 2})
     writer.wait()
@@ -654,7 +662,7 @@ def test_all_ranks_write_one_checkpoint(written_by_two: Path) -> None:
         assert held.keys() == tensors.keys()
         assert all(torch.equal(held[key], tensor) for key, tensor in tensors.items())
     found = newest(folder)
-    assert found.manifest == {"step": 12, "files": listed(path), "base_sha256": BASE, "world_size": 2}
+    assert found.manifest == {"step": 12, "files": listed(path), "base_sha256": BASE, "plan": PLAN, "world_size": 2}
     assert_holds(found, 12)
 
 

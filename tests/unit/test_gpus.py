@@ -104,18 +104,18 @@ def test_rocm_names_are_not_judged() -> None:
 
 def test_without_a_gpu_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, [], CU130)
-    check_gpus("bfloat16")
+    check_gpus("bfloat16", 8)
 
 
 def test_gpus_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, [A100, A100], CU130)
-    check_gpus("bfloat16")
+    check_gpus("bfloat16", 8)
 
 
 def test_equal_gpus_are_named_once_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, [V100] * 8, CU130)
     with pytest.raises(MsltError) as refused:
-        check_gpus("bfloat16")
+        check_gpus("bfloat16", 8)
     lines = str(refused.value).splitlines()
     assert len(lines) == 2
     assert "no kernels" in lines[0]
@@ -125,6 +125,13 @@ def test_equal_gpus_are_named_once_in_one_message(monkeypatch: pytest.MonkeyPatc
 def test_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, [A100, V100], CU126)
     with pytest.raises(MsltError, match="V100") as refused:
-        check_gpus("bfloat16")
+        check_gpus("bfloat16", 8)
     assert "A100" not in str(refused.value)
     assert str(refused.value).endswith("or leave such a GPU out with CUDA_VISIBLE_DEVICES")
+
+
+def test_only_gpus_that_workers_take_are_judged_and_none_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, [A100, V100], CU126)
+    check_gpus("bfloat16", 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    check_gpus("bfloat16", 2)

@@ -205,7 +205,6 @@ def test_layers_alone_are_twice_as_fast_with_k_4() -> None:
         ("optimizer", {"bias_correction": False}),
         ("optimizer", {"trust_ratio_bounds": [0.01, 10]}),
         ("optimizer", {"normalize_gradient": True}),
-        ("training", {"skip_bad_batches": 1}),
         ("schedule", {"optimizer_state": "carry"}),
     ],
 )
@@ -273,12 +272,11 @@ def test_difference_names_paths_and_both_values(tiny_recipe: dict[str, Any]) -> 
 def test_difference_names_what_the_optimizer_keeps_and_leaves_out(tiny_recipe: dict[str, Any]) -> None:
     before = plan_of(tiny_recipe)
     tiny_recipe["optimizer"] |= {"trust_ratio_bounds": [0.01, 10], "normalize_gradient": True}
-    tiny_recipe["training"]["skip_bad_batches"] = 2
+    tiny_recipe["training"]["skip_bad_batches"] = 2  # decides nothing until a bad batch comes: may change on resume
     tiny_recipe["schedule"]["optimizer_state"] = "carry"
     assert difference(before, plan_of(tiny_recipe)) == [
         "optimizer.trust_ratio_bounds: None → [0.01, 10.0]",
         "optimizer.normalize_gradient: False → True",
-        "skip_bad_batches: 0 → 2",
         "stages.2.optimizer_state: reset → carry",
         "stages.3.optimizer_state: reset → carry",
     ]

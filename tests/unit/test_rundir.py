@@ -63,7 +63,6 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path, tiny_plan: Pl
     [
         ("schedule", {"optimizer_state": "carry"}, ["stages.2.optimizer_state: reset → carry",
                                                     "stages.3.optimizer_state: reset → carry"]),
-        ("training", {"skip_bad_batches": 3}, ["skip_bad_batches: 0 → 3"]),
         ("optimizer", {"name": "adamw"}, ["optimizer.name: lamb → adamw"]),
         ("optimizer", {"trust_ratio_bounds": [0.01, 10]}, ["optimizer.trust_ratio_bounds: None → [0.01, 10.0]"]),
     ],
