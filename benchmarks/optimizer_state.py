@@ -20,14 +20,14 @@ from mslt.rundir import RunDir, read_summaries
 
 RECIPE = {
     "model": {
-        "num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512,
+        "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256,
         "vocab_size": 8192, "max_position_embeddings": 64,
     },
     "data": {"shards": "given on the command line", "max_predictions": 10, "evaluation_samples": 512},
-    "optimizer": {"learning_rate": 0.01, "warmup_steps": 40},
+    "optimizer": {"learning_rate": 0.01, "warmup_steps": 30},
     "watch": {"log_every": 1, "checkpoint_every": 1000},
 }  # fmt: skip
-SCHEDULE = {"name": "mslt", "k": 3, "steps": 600, "retrain_share": 0.4}
+SCHEDULE = {"name": "mslt", "k": 3, "steps": 360, "retrain_share": 0.4}
 AFTER_GROWTH = 20  # steps whose mean training loss shows what growth does at first
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     note = [
         "",
         f"MLM loss in nats: training loss over the first {AFTER_GROWTH} steps of a stage, held-out loss at its end; "
-        f"mean ± standard deviation over {options.seeds} seeds. 6 layers × 128, k = 3, {SCHEDULE['steps']} steps of "
+        f"mean ± standard deviation over {options.seeds} seeds. 6 layers × 64, k = 3, {SCHEDULE['steps']} steps of "
         "32, LAMB 0.01.",
     ]
     write_record(options.record, [*head, *table(columns, rows), *note])

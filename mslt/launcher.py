@@ -37,8 +37,8 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     """Start the workers on this machine through DeepSpeed's launcher, wait, and return its exit status.
 
     At a signal of SAVE_AND_LEAVE the ranks alone are told, by SIGUSR1, and have LEAVE_S to go: on SIGTERM DeepSpeed's
-    own processes end them, and torch's loader processes end themselves. A second one, and those of LEAVE, go to the
-    whole process group. The first signal is the status then, negative.
+    own processes end them, and torch's loader processes end themselves. The same one again, and those of LEAVE, go to
+    the whole process group. The first signal is the status then, negative.
     """
     environment = dict(os.environ)
     where = ["--num_gpus", str(num_workers)]
@@ -59,7 +59,8 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     def stop(signal_number: int, _: FrameType | None) -> None:
         received.append(signal_number)
         for leader in group:
-            ranks = _ranks(leader) if signal_number in SAVE_AND_LEAVE and len(received) == 1 else []
+            is_first = signal_number in SAVE_AND_LEAVE and received.count(signal_number) == 1
+            ranks = _ranks(leader) if is_first else []
             for rank in ranks:
                 with suppress(psutil.Error):
                     rank.send_signal(signal.SIGUSR1)
