@@ -444,13 +444,22 @@ def test_a_file_over_the_systems_limit_is_an_oserror(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> Iterator[Writer]:
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A group of this process; that of an engine's test, where one has run before in it, stays."""
+    if torch.distributed.is_initialized():
+        yield
+        return
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def writer(one_rank: None) -> Iterator[Writer]:
     made = Writer(0)
     yield made
     made.close()
-    torch.distributed.destroy_process_group()
 
 
 class Gate:
@@ -588,20 +597,14 @@ def test_what_a_killed_run_left_goes_and_nothing_else(tmp_path: Path, writer: Wr
     assert names(folder / "step-00000008") == ["manifest.json", "rank-0.safetensors"]
 
 
-def test_close_finishes_what_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
-        gate, writer = Gate(monkeypatch), Writer(0)
-        hand_over(writer, tmp_path / "checkpoints", 4)
-        assert gate.reached.wait(WAIT_S)
-        threading.Timer(0.1, gate.open.set).start()
-        writer.close()
-        assert_holds(newest(tmp_path / "checkpoints"), 4)
-        torch.distributed.all_reduce(torch.ones(1))  # the loop's own group is still there
-    finally:
-        torch.distributed.destroy_process_group()
+def test_close_finishes_what_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_rank: None) -> None:
+    gate, writer = Gate(monkeypatch), Writer(0)
+    hand_over(writer, tmp_path / "checkpoints", 4)
+    assert gate.reached.wait(WAIT_S)
+    threading.Timer(0.1, gate.open.set).start()
+    writer.close()
+    assert_holds(newest(tmp_path / "checkpoints"), 4)
+    torch.distributed.all_reduce(torch.ones(1))  # the loop's own group is still there
 
 
 # Two ranks: each a process, started once for all of this
