@@ -22,7 +22,6 @@ GRACE_S = 10  # between asking the group to end and ending it
 LEAVE_S = 300  # between asking the workers to save and leave, and ending the group
 SAVE_AND_LEAVE = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns with the second, and ends a job with the first
 LEAVE = (signal.SIGINT, signal.SIGHUP)
-WORKER_MODULE = "mslt.cli.worker"
 
 
 def num_workers_here(asked: int | None) -> int:
@@ -50,7 +49,7 @@ def launch(recipe: str, run_dir: Path, shards: Path, num_workers: int) -> int:
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull, *where),
         *("--master_addr", "127.0.0.1", "--master_port", str(_free_port())),
-        *("--no_local_rank", "--module", WORKER_MODULE),
+        *("--no_local_rank", "--module", "mslt.cli.worker"),
         *(recipe, "--run-dir", str(run_dir), "--shards", str(shards)),
     ]
     received: list[int] = []

@@ -18,7 +18,8 @@ def train(
         typer.Option(min=1, help="Processes on this machine. Default: one a GPU, or one.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a recipe, or go on where it stopped: the same command again continues."""
+    """Train a recipe, or go on where it stopped: the same command again continues. SIGTERM and SIGUSR1 make it save and
+    leave."""
     from mslt.errors import MsltError
     from mslt.launcher import SAVE_AND_LEAVE, launch, num_workers_here
     from mslt.preflight import open_recipe
