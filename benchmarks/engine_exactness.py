@@ -226,7 +226,8 @@ def row_of(job: Job, cell: Cell, world_size: int, plainly: dict[str, list[State]
     faults = []
     if ranks[0]["trained"] != sorted(trained):
         faults.append("optimized other parameters than the plan trains")
-    if not all(found[-1][name].equal(base[name]) for name in base.keys() - set(trained)):
+    frozen = {name: found[-1][name] for name in base.keys() - set(trained)}  # held in the type that is computed with
+    if not all(tensor.equal(base[name].to(tensor.dtype)) for name, tensor in frozen.items()):
         faults.append("moved frozen weights")
     if any(rank["digests"] != ranks[0]["digests"] for rank in ranks):
         faults.append("ranks came to different weights")

@@ -85,14 +85,17 @@ class ScheduleConfig(Frozen):
 
 class TrainingConfig(Frozen):
     """`batch_size` counts samples of one optimizer step over all workers; `micro_batch_size` is the most that one
-    worker computes at once. `clip_norm` 0 switches clipping off. `skip_bad_batches` is how many steps of a stage may be
-    left out because their gradient is not finite; one more stops the run (fp16's overflows do not count)."""
+    worker computes at once, `auto` what is fastest in each stage, measured before the run. `clip_norm` 0 switches
+    clipping off. `skip_bad_batches` is how many steps of a stage may be left out because their gradient is not finite;
+    one more stops the run (fp16's overflows do not count). `compile` says which layers torch.compile makes code for
+    when a stage begins; the others, and held-out evaluation, are eager."""
 
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 128
     batch_size: PositiveInt
-    micro_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | Literal["auto"]
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     skip_bad_batches: NonNegativeInt = 0
+    compile: Literal["none", "frozen", "all"] = "none"
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
 
 

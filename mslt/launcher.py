@@ -16,13 +16,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
 
+from mslt.cost import for_timing
 from mslt.engine.ds_config import zero_stage
 from mslt.errors import MsltError
-from mslt.plan import Plan
+from mslt.plan import Plan, with_micro_batches
 
 GRACE_S = 10  # between asking the group to end and ending it
 LEAVE_S = 300  # between asking the workers to save and leave, and ending the group
@@ -100,18 +102,34 @@ def launch(arguments: list[str], num_workers: int) -> int:
 
 def time_stages_here(plan: Plan, shards: Path, num_workers: int) -> list[dict[str, list[float]]]:
     """What the parts of a step of each stage take (see mslt.measure), in workers as a run would have them."""
+    timed: list[dict[str, list[float]]] = _measured("--time", plan, shards, num_workers)
+    return timed
+
+
+def with_fastest_micro_batches(plan: Plan, shards: Path, num_workers: int) -> Plan:
+    """The plan with the micro-batch that is fastest in each stage (see mslt.measure), for a run of so many workers;
+    measured on one of them."""
+    print("micro-batches: measuring what is fastest in each stage", file=sys.stderr)
+    of_one = [stage.model_copy(update={"batch_size": stage.batch_size // num_workers}) for stage in plan.stages]
+    of_one = [for_timing(stage) for stage in of_one]
+    sizes: list[int] = _measured("--micro-batches", plan.model_copy(update={"stages": tuple(of_one)}), shards, 1)
+    print(f"micro-batches of a worker: {', '.join(map(str, sizes))}", file=sys.stderr)
+    return with_micro_batches(plan, sizes)
+
+
+def _measured(option: str, plan: Plan, shards: Path, num_workers: int) -> Any:
+    """What workers that are started with this option find out of the plan, and train nothing."""
     if zero_stage(plan.engine) == 3:
         raise MsltError("ZeRO-3 cannot be timed: it takes a launch for every stage; take an engine of zero0 to zero2")
     with tempfile.TemporaryDirectory() as folder:
         plan_file, out = Path(folder) / "plan.json", Path(folder) / "timed.json"
         plan_file.write_text(plan.model_dump_json())
-        status = launch(["--time", str(plan_file), str(out), "--shards", str(shards)], num_workers)
+        status = launch([option, str(plan_file), str(out), "--shards", str(shards)], num_workers)
         if status < 0:
             raise MsltError("timing steps: left at a signal; the same command times them again")
         if status != 0 or not out.exists():
             raise MsltError(f"timing steps: the workers stopped (launcher's status {status}, the reason stands above)")
-        timed: list[dict[str, list[float]]] = json.loads(out.read_text())
-        return timed
+        return json.loads(out.read_text())
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""What the parts of a step take here, for the stages of a plan, in turns."""
+"""What is measured before a run: what the parts of a step take, and the micro-batch that is fastest."""
 
+import gc
 import time
 from pathlib import Path
 
+import torch
+
 from mslt.cost import PARTS
-from mslt.data.loader import Samples, training_batches
+from mslt.data.loader import Batch, Samples, training_batches
 from mslt.data.shards import open_shards
 from mslt.engine.engine import Engine, Workers
+from mslt.errors import MsltError
 from mslt.models import factory
 from mslt.plan import Plan
-from mslt.train import build_module
+from mslt.train import build_module, compilable
 
 BLOCKS, BLOCK_STEPS, WARMUP_STEPS = 5, 2, 2
+GAIN = 0.02  # of the time of a sample: what a larger micro-batch must save to be taken
 
 
 def time_stages(plan: Plan, shards: Path, workers: Workers) -> list[dict[str, list[float]]]:
@@ -21,7 +26,7 @@ def time_stages(plan: Plan, shards: Path, workers: Workers) -> list[dict[str, li
     The stages take turns, so that what disturbs the machine disturbs all of them. They start from random weights and
     take steps at rate 0.
     """
-    training = open_shards(shards, "train")
+    training, plan = open_shards(shards, "train"), compilable(plan, workers)
     runs = []
     for index, stage in enumerate(plan.stages):
         base = factory.initial_state(plan.model, stage.depth, seed=0)
@@ -46,3 +51,59 @@ def time_stages(plan: Plan, shards: Path, workers: Workers) -> list[dict[str, li
     for engine, _ in runs:
         engine.close()
     return timed
+
+
+def fastest_micro_batches(plan: Plan, shards: Path, workers: Workers) -> list[int]:
+    """For each stage, the micro-batch with the fastest samples, forward and backward, among divisors of its batch that
+    double from 1 on, until memory ends or another saves less than GAIN. For one worker; nothing is kept.
+
+    What is frozen keeps nothing for the backward pass, so that a larger one may fit there. MsltError where not even one
+    sample does.
+    """
+    training, plan = open_shards(shards, "train"), compilable(plan, workers)
+    found = []
+    for index, stage in enumerate(plan.stages):
+        base = factory.initial_state(plan.model, stage.depth, seed=0)
+        engine = Engine(build_module(plan, index, base), plan, index, workers)
+        samples = Samples(training, plan.data, stage.sequence_length, stage.seed)
+        best, best_s = 0, float("inf")
+        for size in _doubling_divisors(stage.batch_size):
+            engine.micro_batch_size = size
+            try:
+                sample_s = _sample_seconds(engine, samples.batch(range(size)))
+            except torch.OutOfMemoryError:
+                break
+            if sample_s > (1 - GAIN) * best_s:
+                break
+            best, best_s = size, sample_s
+        engine.close()
+        gc.collect()
+        if workers.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not best:
+            raise MsltError(
+                f"stage {index + 1}: not even one sample of {stage.sequence_length} tokens fits into the memory of "
+                f"{workers.device}; take a smaller model, shorter sequences, or an engine with a higher ZeRO stage"
+            )
+        found.append(best)
+    return found
+
+
+def _doubling_divisors(number: int) -> list[int]:
+    """Divisors from 1 up, each at least twice the one before."""
+    found = [1]
+    for size in range(2, number + 1):
+        if number % size == 0 and size >= 2 * found[-1]:
+            found.append(size)
+    return found
+
+
+def _sample_seconds(engine: Engine, batch: Batch) -> float:
+    """Seconds of a sample in the forward and backward pass of this micro-batch: the better of two, after one."""
+    seconds = []
+    for step in range(3):
+        engine.clock.take()
+        engine.train_step(batch, step, 0.0)
+        taken = engine.clock.take()  # waits for the device
+        seconds.append((taken["forward"] + taken["backward"]) / len(batch["input_ids"]))
+    return min(seconds[1:])

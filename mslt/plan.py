@@ -5,6 +5,7 @@ Layers are indexed from 0, as in Hugging Face's keys. A slot is a part that trai
 to the word embeddings and belongs to `embeddings`), `nsp_head`.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -110,6 +111,7 @@ class Plan(Frozen):
     optimizer: OptimizerConfig
     clip_norm: float
     skip_bad_batches: NonNegativeInt
+    compile: Literal["none", "frozen", "all"]
     engine: dict[str, Any]
     stages: tuple[Stage, ...]
 
@@ -132,13 +134,22 @@ class Plan(Frozen):
         return sum(stage.steps for stage in self.stages[:stage_index])
 
     def deciding(self) -> dict[str, Any]:
-        """Everything that decides what is learned. Where the shards lie does not, nor how many samples fit at once, nor
-        how many bad batches are borne."""
-        free: Any = {"data": {"shards"}, "skip_bad_batches": True, "stages": {"__all__": {"micro_batch_size"}}}
+        """Everything that decides what is learned. Where the shards lie does not, nor how many bad batches are borne,
+        nor what only rounds otherwise: how many samples fit at once, and compiled layers."""
+        stages = {"__all__": {"micro_batch_size"}}
+        free: Any = {"data": {"shards"}, "skip_bad_batches": True, "compile": True, "stages": stages}
         return self.model_dump(mode="json", exclude=free)
 
     def digest(self) -> str:
         return sha256_text(canonical_json(self.deciding()))
+
+
+def with_micro_batches(plan: Plan, sizes: Iterable[int]) -> Plan:
+    """The plan with these micro-batches, one for each stage."""
+    stages = zip(plan.stages, sizes, strict=True)
+    return plan.model_copy(
+        update={"stages": tuple(stage.model_copy(update={"micro_batch_size": size}) for stage, size in stages)}
+    )
 
 
 def difference(old: Plan, new: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 The parent process and every worker open a recipe the same way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from mslt.data.shards import open_shards
 from mslt.engine.ds_config import autocast_dtype, read_engine_config
 from mslt.engine.gpus import check_gpus
 from mslt.errors import MsltError
-from mslt.plan import Plan, micro_batch_size
+from mslt.plan import Plan, micro_batch_size, with_micro_batches
 from mslt.provenance import provenance
-from mslt.rundir import RunDir, open_run
+from mslt.rundir import RunDir, open_run, read_plan
 from mslt.schedule import make_plan
+
+Measure = Callable[[Plan, Path, int], Plan]  # the plan with the fastest micro-batches for so many workers
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,30 @@ def check_recipe(name_or_path: str, shards: Path | None, num_workers: int) -> Ch
     return Checked(recipe, plan, folder)
 
 
-def open_recipe(name_or_path: str, run_dir: Path | None, shards: Path | None, num_workers: int) -> Opened:
+def open_recipe(
+    name_or_path: str, run_dir: Path | None, shards: Path | None, num_workers: int, measure: Measure | None = None
+) -> Opened:
     """Check the recipe, and start or continue its run directory, by default runs/NAME. Nothing is written before all
-    is right."""
+    is right.
+
+    A micro-batch that is to be measured is what the run directory says; for a new one `measure` is asked, and MsltError
+    raised without it.
+    """
     checked = check_recipe(name_or_path, shards, num_workers)
     run_path = run_dir or Path("runs") / Path(name_or_path).stem
     recipe_text = yaml.safe_dump(checked.recipe.model_dump(mode="json"), sort_keys=False)
-    run = open_run(run_path, checked.plan, recipe_text, provenance())
-    return Opened(checked.recipe, checked.plan, checked.shards, run)
+    plan, is_new = checked.plan, not RunDir(run_path).plan.exists()
+    if checked.recipe.training.micro_batch_size == "auto" and is_new:
+        if measure is None:
+            raise MsltError(
+                "training.micro_batch_size auto: is measured by `mslt train`, which writes it into the run directory; "
+                "start the run with that, or write a number"
+            )
+        plan = measure(plan, checked.shards, num_workers)
+    run = open_run(run_path, plan, recipe_text, provenance())
+    if checked.recipe.training.micro_batch_size == "auto":
+        plan = with_micro_batches(plan, (stage.micro_batch_size for stage in read_plan(run).stages))
+    return Opened(checked.recipe, plan, checked.shards, run)
 
 
 def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:

@@ -19,12 +19,14 @@ def refuse_apex_where_it_is_wrong(recipe: Recipe, engine: dict[str, Any]) -> Non
 
 
 def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None = None) -> Plan:
-    """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage."""
+    """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage. A
+    micro-batch that is yet to be measured is the whole batch."""
     refuse_apex_where_it_is_wrong(recipe, engine)
     schedule, training, optimizer = recipe.schedule, recipe.training, recipe.optimizer
     per_stage = schedule.learning_rate == "per_stage"
     growths = stages_of(find_schedule(schedule.name), recipe.model.num_hidden_layers, schedule.steps, schedule.options)
     unused = () if recipe.data.next_sentence_prediction else NEXT_SENTENCE_SLOTS
+    at_once = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
     stages: list[Stage] = []
     first_step = 0
     for growth in growths:
@@ -48,7 +50,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
                 steps=growth.steps,
                 learning_rate=rate,
                 batch_size=training.batch_size,
-                micro_batch_size=training.micro_batch_size,
+                micro_batch_size=at_once,
                 sequence_length=training.sequence_length,
                 first_sample=first_step * training.batch_size,
                 seed=training.seed,
@@ -62,6 +64,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
         optimizer=optimizer,
         clip_norm=training.clip_norm,
         skip_bad_batches=training.skip_bad_batches,
+        compile=training.compile,
         engine=engine,
         stages=tuple(stages),
     )

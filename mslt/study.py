@@ -205,6 +205,11 @@ def read_study(path: Path) -> tuple[StudyConfig, Recipe]:
     if source.endswith(".yaml"):
         source = str(path.parent / source)  # counts from the file that says it
     base = load_recipe(source)
+    if base.training.micro_batch_size == "auto":
+        raise MsltError(
+            f"study {path}: training.micro_batch_size auto of {source}: every run would measure its own, and the times "
+            "of steps would be another's; write a number"
+        )
     return config, base.model_copy(update={"schedule": ScheduleConfig(name="full", steps=config.steps)})
 
 

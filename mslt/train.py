@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ import torch
 
 from mslt.config import WatchConfig
 from mslt.data import keyed
-from mslt.data.loader import EVALUATION_SEED, Samples, evaluation_batches, training_batches
+from mslt.data.loader import EVALUATION_SEED, Batch, Samples, evaluation_batches, training_batches
 from mslt.data.shards import Shards, open_shards
 from mslt.engine import checkpoint
 from mslt.engine.ds_config import autocast_dtype, remarks, zero_stage
@@ -27,6 +27,7 @@ from mslt.errors import MsltError
 from mslt.files import sha256_file, write_json
 from mslt.models import factory
 from mslt.models.checkpoint import load_state, save_base, save_model_folder
+from mslt.models.compiling import why_no_compiler
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import freeze
@@ -77,6 +78,7 @@ def train(
     module cannot be let go of, so a new launch takes the next one.
     """
     training, heldout = (open_shards(shards, split) for split in ("train", "validation"))
+    plan = compilable(plan, workers)
     job = Job(plan, run, watch, training, heldout, workers, checkpoint.Writer(workers.rank), wants_to_stop)
     if workers.rank == 0:
         run.diverged.unlink(missing_ok=True)  # it may go on now: more bad batches may be borne
@@ -87,6 +89,18 @@ def train(
         if any(workers.gather(wants_to_stop())) or zero_stage(plan.engine) == 3:
             break
     job.writer.close()
+
+
+def compilable(plan: Plan, workers: Workers) -> Plan:
+    """The plan, without compiled layers where a worker cannot make them. All ranks call this."""
+    if plan.compile == "none":
+        return plan
+    for rank, why in enumerate(workers.gather(why_no_compiler(workers.device.type))):
+        if why is not None:
+            if workers.rank == 0:
+                print(f"warning: layers are not compiled: torch.compile fails on rank {rank} ({why})", file=sys.stderr)
+            return plan.model_copy(update={"compile": "none"})
+    return plan
 
 
 def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
@@ -231,11 +245,11 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
     batches = training_batches(samples, stage, workers.rank, workers.size, progress.step, watch.loader_workers)
     sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
     at_end = must_stop = False
-    while progress.step < stage.steps and not must_stop:
-        with engine.clock.span("data"):
-            batch = next(batches)
+    upcoming = _next_batch(engine, batches)
+    while upcoming is not None and not must_stop:
+        batch, upcoming = upcoming, _next_batch(engine, batches)
         rate = lr_at(stage, progress.step)
-        sums += engine.train_step(batch, progress.step, rate, job.wants_to_stop())
+        sums += engine.train_step(batch, progress.step, rate, job.wants_to_stop(), upcoming)
         progress.step, since_log = progress.step + 1, since_log + 1
         if watcher is not None:
             watcher.advance(progress.step)
@@ -272,6 +286,11 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
         if must_save:
             _save(job, stage_index, engine, progress)
         since_log, logged = 0, time.perf_counter()
+
+
+def _next_batch(engine: Engine, batches: Iterator[Batch]) -> Batch | None:
+    with engine.clock.span("data"):
+        return next(batches, None)
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
@@ -359,8 +378,10 @@ def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> Non
 def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
     """Check the stage's promises, write the model folder, then the summary that says DONE."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
-    state = engine.export_state()
-    _refuse_moved_weights(job, stage_index, state, load_state(where.base))
+    state, base = engine.export_state(), load_state(where.base)
+    _refuse_moved_weights(job, stage_index, state, base)
+    family = FAMILIES[job.plan.model.family]
+    state |= {name: tensor for name, tensor in base.items() if slot_of(family, name) in stage.frozen}
     if job.workers.rank > 0:
         return
     origin = {
@@ -393,9 +414,9 @@ def _refuse_moved_weights(job: Job, stage_index: int, state: State, base: State)
     """MsltError where a frozen weight is not the base's, on any rank; a warning where ranks differ in any weight."""
     family, stage = FAMILIES[job.plan.model.family], job.plan.stages[stage_index]
     frozen = [name for name in state if slot_of(family, name) in stage.frozen]
-    moved = [name for name in frozen if not torch.equal(state[name], base[name])]
+    moved = [name for name in frozen if not torch.equal(state[name], base[name].to(state[name].dtype))]
     digest = hashlib.sha256()
-    for tensor in state.values():
+    for tensor in (tensor for name, tensor in state.items() if name not in frozen):
         digest.update(tensor.numpy().data)
     for rank, (rank_moved, rank_digest) in enumerate(ranks := job.workers.gather((moved, digest.hexdigest()))):
         if rank_moved:

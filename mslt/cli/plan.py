@@ -97,12 +97,14 @@ def _refuse_half_descriptions(
 
 def _measured(recipe: str, shards: Path | None, workers: int | None) -> tuple[StepCosts, int]:
     """Costs timed on this machine, and the number of workers they are of."""
-    from mslt.launcher import num_workers_here, time_stages_here
+    from mslt.launcher import num_workers_here, time_stages_here, with_fastest_micro_batches
     from mslt.preflight import check_recipe
 
     num_workers = num_workers_here(workers)
     checked = check_recipe(recipe, shards, num_workers)
     probing = probes(checked.plan)
+    if checked.recipe.training.micro_batch_size == "auto":
+        probing = with_fastest_micro_batches(probing, checked.shards, num_workers)
     costs = fit(probing, medians(time_stages_here(probing, checked.shards, num_workers)))
     return replace(costs, num_loaders=checked.recipe.watch.loader_workers), num_workers
 

@@ -21,12 +21,12 @@ def train(
     """Train a recipe, or go on where it stopped: the same command again continues. SIGTERM and SIGUSR1 make it save and
     leave."""
     from mslt.errors import MsltError
-    from mslt.launcher import SAVE_AND_LEAVE, launch, num_workers_here
+    from mslt.launcher import SAVE_AND_LEAVE, launch, num_workers_here, with_fastest_micro_batches
     from mslt.preflight import open_recipe
     from mslt.rundir import lock_run, read_summaries
 
     num_workers = num_workers_here(workers)
-    opened = open_recipe(recipe, run_dir, shards, num_workers)
+    opened = open_recipe(recipe, run_dir, shards, num_workers, with_fastest_micro_batches)
     plan, run = opened.plan, opened.run
     while (unfinished := run.first_unfinished(plan)) is not None:
         with lock_run(run):  # taken by the workers in a moment: here it only says so early where it is held

@@ -14,7 +14,8 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", help="path or name of the recipe")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
     parser.add_argument("--shards", type=Path, help="shard folder, instead of the recipe's data.shards")
-    parser.add_argument("--time", type=Path, nargs=2, metavar=("PLAN", "OUT"), help=argparse.SUPPRESS)  # see _time
+    for name in ("--time", "--micro-batches"):  # see _measure
+        parser.add_argument(name, type=Path, nargs=2, metavar=("PLAN", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     options = parser.parse_args()
 
@@ -22,13 +23,14 @@ def main() -> None:
     from mslt.launcher import SAVE_AND_LEAVE
 
     told: list[int] = []
+    measures = options.time or options.micro_batches
     for number in SAVE_AND_LEAVE:
-        signal.signal(number, signal.SIG_DFL if options.time else lambda received, _: told.append(received))
+        signal.signal(number, signal.SIG_DFL if measures else lambda received, _: told.append(received))
     rank = int(os.environ.get("RANK", "0"))
     try:
-        if options.time:
-            plan, out = options.time
-            _time(plan, out, options.shards)
+        if measures:
+            plan, out = measures
+            _measure("time_stages" if options.time else "fastest_micro_batches", plan, out, options.shards)
         else:
             _work(options.recipe, options.run_dir, options.shards, told)
     except (MsltError, OSError) as error:
@@ -61,20 +63,20 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None, told: list[int
         print(f"{opened.run.path}: {why}; start again for stage {stage_index + 1}", file=sys.stderr)
 
 
-def _time(plan: Path, out: Path, shards: Path) -> None:
-    """Train nothing: write what the parts of a step of each stage of a plan take."""
+def _measure(what: str, plan: Path, out: Path, shards: Path) -> None:
+    """Train nothing: write what this function of mslt.measure finds out of a plan."""
     import json
 
+    from mslt import measure
     from mslt.engine.engine import quiet, start_workers
     from mslt.files import write_text
-    from mslt.measure import time_stages
     from mslt.plan import Plan
 
     quiet()
     workers = start_workers()
-    timed = time_stages(Plan.model_validate_json(plan.read_text()), shards, workers)
+    found = getattr(measure, what)(Plan.model_validate_json(plan.read_text()), shards, workers)
     if workers.rank == 0:
-        write_text(out, json.dumps(timed))
+        write_text(out, json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,15 @@ from deepspeed.accelerator import get_accelerator
 from mslt.data import keyed
 from mslt.data.loader import Batch
 from mslt.engine.clock import Clock
-from mslt.engine.ds_config import autocast_dtype, complete, reduced_bytes, zero_stage
+from mslt.engine.ds_config import autocast_dtype, bucket_elements, complete, reduced_bytes, reduced_dtype, zero_stage
 from mslt.engine.optimizer import Lamb, LossScale, refuse_unequal_apex
 from mslt.engine.pieces import whole_pieces, zero_pieces
+from mslt.engine.reduction import Reducer, Work
 from mslt.errors import MsltError
+from mslt.models.compiling import compile_layers
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.freezing import hold_in
 from mslt.models.surgery import State
 from mslt.plan import Plan, micro_batch_size
 
@@ -33,7 +36,8 @@ _NSP_LOSS = SUMS.index("nsp_loss")
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that train together. `handed_bytes` counts what DeepSpeed hands to each collective."""
+    """This process among those that train together. `handed_bytes` counts what each collective of training is handed:
+    by DeepSpeed, and by `start_sum`."""
 
     rank: int
     size: int
@@ -59,6 +63,13 @@ class Workers:
         """The sum over all ranks, in place."""
         torch.distributed.all_reduce(tensor)
         return tensor
+
+    def start_sum(self, tensor: torch.Tensor) -> Work:
+        """Begin to add up over all ranks, in place; `wait` for what this returns."""
+        self.handed_bytes["all_reduce"] += tensor.numel() * tensor.element_size()
+        work = torch.distributed.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work
 
 
 def start_workers(timeout_minutes: int = 30) -> Workers:
@@ -99,6 +110,15 @@ def _count_bytes(handed: Counter[str]) -> None:
         setattr(backend, name, counted(name, whole, getattr(backend, name)))
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """The frozen part of a step's first micro-batch, [B, T, D], and where it left the generator."""
+
+    step: int
+    prefix_BTD: torch.Tensor | None
+    generator: torch.Tensor
+
+
 class Engine:
     """One stage's model, optimizer and DeepSpeed engine. Made fresh for every stage, never edited."""
 
@@ -128,6 +148,23 @@ class Engine:
         )
         # Without ZeRO we reduce, once a step; with it, DeepSpeed reduces in the backward pass.
         self._engine.enable_backward_allreduce = self.zero_stage > 0
+        self._reducer = None
+        if self.zero_stage == 0 and workers.size > 1:
+            self._reducer = Reducer(
+                self._trainable.values(),
+                getattr(torch, reduced_dtype(plan.engine)),
+                bucket_elements(plan.engine),
+                workers.size,
+                workers.start_sum,
+            )
+        if module.autocast is not None and self.zero_stage < 3:
+            hold_in(module.model, self.stage.frozen, module.autocast)
+        if plan.compile != "none":
+            everything = (*self.stage.frozen, *self.stage.trainable)
+            compile_layers(module.model, everything if plan.compile == "all" else self.stage.frozen)
+        # ZeRO-3 gathers weights where its engine's forward pass comes to them, and nowhere else.
+        self._has_prefix = module.lowest_graph_layer >= 0 and self.zero_stage < 3
+        self._ahead: Ahead | None = None
         if self.zero_stage:
             pieces, sum_over_ranks = zero_pieces(self._zero, self._trainable, workers.rank), workers.sum
         else:
@@ -138,12 +175,15 @@ class Engine:
         self._stop_is_here: torch.cuda.Event | None = None
         self._engine.train()  # not said by deepspeed.initialize; puts the slots that stay still into evaluation mode
 
-    def train_step(self, batch: Batch, step: int, rate: float, stop: bool = False) -> torch.Tensor:
+    def train_step(
+        self, batch: Batch, step: int, rate: float, stop: bool = False, upcoming: Batch | None = None
+    ) -> torch.Tensor:
         """One optimizer step of the stage over this rank's share of the batch. Returns this rank's SUMS, [6].
 
         The gradient is that of (sum of MLM losses) / (masked positions of the global batch) + (sum of NSP losses) /
         (samples of the global batch): neither world size nor accumulation changes it. Without next-sentence prediction
         the second part is 0. `stop` tells all ranks that this one wants to leave (see `someone_wants_to_stop`).
+        `upcoming` is the share of step + 1, if that follows: what is frozen begins on it while gradients travel.
         """
         self._optimizer.param_groups[0]["lr"] = rate
         batch = self._to_device(batch)
@@ -159,18 +199,24 @@ class Engine:
         total = torch.zeros(len(SUMS), device=self.workers.device)
         micro_batches = self._micro_batches(batch)
         for index, micro_batch in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            seed = (self.stage.seed, "dropout", self.first_step + step, self.workers.rank, index)
-            torch.manual_seed(keyed.torch_seed(*seed))
+            is_last = index == len(micro_batches) - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)
             with self.clock.span("forward"):
-                sums = self._engine(**micro_batch)
+                prefix_BTD = self._begin(micro_batch, step, index)
+                sums = self._engine(**micro_batch, prefix_BTD=prefix_BTD)
                 loss = sums[_MLM_LOSS] * mlm_weight + sums[_NSP_LOSS] * nsp_weight
+            if is_last and self._reducer is not None:
+                self._reducer.begin()
             with self.clock.span("backward"):
                 self._engine.backward(loss if self._scale is None else loss * self._scale.value, scale_wrt_gas=False)
             total += sums.detach()
-        if self.zero_stage == 0:
+        if upcoming is not None and self._has_prefix:
+            with self.clock.span("forward"):
+                first = self._micro_batches(self._to_device(upcoming))[0]
+                self._ahead = Ahead(step + 1, self._begin(first, step + 1, 0), get_accelerator().get_rng_state())
+        if self._reducer is not None:
             with self.clock.span("reduce"):
-                self._engine.allreduce_gradients()
+                self._reducer.finish()
         with self.clock.span("optimizer"):
             self._optimizer.begin_step()
             self._engine.step()
@@ -188,6 +234,21 @@ class Engine:
         self.handed_bytes += handed
         return total
 
+    def _begin(self, micro_batch: Batch, step: int, index: int) -> torch.Tensor | None:
+        """Put the generator where the micro-batch's dropout begins, and compute what lies below the boundary, if
+        anything does: [B, T, D]. What was computed ahead is taken from there, and the generator goes on from it."""
+        if self._ahead is not None and (step, index) == (self._ahead.step, 0):
+            ahead, self._ahead = self._ahead, None
+            get_accelerator().set_rng_state(ahead.generator)
+            return ahead.prefix_BTD
+        seed = (self.stage.seed, "dropout", self.first_step + step, self.workers.rank, index)
+        torch.manual_seed(keyed.torch_seed(*seed))
+        if not self._has_prefix:
+            return None
+        inputs = {name: micro_batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+        prefix: Callable[..., torch.Tensor] = self._engine.module.prefix
+        return prefix(**inputs)
+
     def someone_wants_to_stop(self) -> bool:
         """Whether any rank said `stop` to the last `train_step`; the same answer on all of them."""
         if self._stop_is_here is not None:
@@ -199,8 +260,9 @@ class Engine:
         """This rank's SUMS over the batch, [6] fp64, dropout off."""
         self._engine.eval()
         total = torch.zeros(len(SUMS), dtype=torch.float64, device=self.workers.device)
-        for micro_batch in self._micro_batches(self._to_device(batch)):
-            total += self._engine(**micro_batch)
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes would each be compiled anew
+            for micro_batch in self._micro_batches(self._to_device(batch)):
+                total += self._engine(**micro_batch)
         self._engine.train()
         return total
 
@@ -255,22 +317,25 @@ class Engine:
             self._scale.__dict__.update(numbers["loss_scale"])
 
     def export_state(self) -> State:
-        """Every parameter of the model, fp32, on the CPU. With ZeRO-3 all ranks must call this."""
+        """Every parameter of the model on the CPU, in the type in which it is held: fp32, or frozen the type that is
+        computed with. With ZeRO-3 all ranks must call this."""
         state = {}
         for name, parameter in self._engine.module.model.named_parameters():
             gathered = deepspeed.zero.GatheredParameters(parameter) if self.zero_stage == 3 else nullcontext()
             with gathered:
-                state[name] = parameter.detach().float().to("cpu", copy=True)
+                state[name] = parameter.detach().to("cpu", copy=True)
         return state
 
     def close(self) -> None:
         """Let go of the module, the optimizer's state and DeepSpeed's hooks."""
+        if self._reducer is not None:
+            self._reducer.close()
         self._engine.destroy()
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         for parameter in self._engine.module.parameters():
             vars(parameter).clear()  # ZeRO ties its optimizer to every parameter
-        del self._engine, self._optimizer, self._zero, self._trainable
+        del self._engine, self._optimizer, self._zero, self._trainable, self._reducer, self._ahead
         gc.collect()  # DeepSpeed's engine is full of cycles; the next stage is built right after
 
     def _show_weights_to_model(self) -> None:
@@ -318,8 +383,8 @@ class Engine:
             )
 
     def _refuse_other_bytes(self, handed: Counter[str], num_micro_batches: int) -> None:
-        """What DeepSpeed handed to its collectives in a step must be the gradients of the trainable parameters, to the
-        byte, and with ZeRO the weights that the ranks hold for each other."""
+        """What a step handed to collectives must be the gradients of the trainable parameters, to the byte, and with
+        ZeRO the weights that the ranks hold for each other."""
         expected = step_bytes(self._config, list(self.sizes.values()), self.workers.size, num_micro_batches)
         found = dict(handed) if self.zero_stage < 3 else {name: handed[name] for name in expected}
         if found != expected:
@@ -332,14 +397,15 @@ class Engine:
 def step_bytes(config: dict[str, Any], sizes: list[int], world_size: int, num_micro_batches: int) -> dict[str, int]:
     """Bytes handed to each collective in a step, by ZeRO stage, for trainable parameters of these numbers of elements.
 
-    ZeRO-0 and 1 reduce the gradients once a step, ZeRO-2 and 3 after every micro-batch. ZeRO-1 and 2 gather the fp32
+    ZeRO-0 and 1 reduce the gradients once a step, without ZeRO on one worker not at all, ZeRO-2 and 3 after every
+    micro-batch. ZeRO-1 and 2 gather the fp32
     weights, padded so that every rank has the same even number of elements; ZeRO-3 cuts each parameter on its own. (It
     gathers weights when the forward pass wants them: in the first step as often as it comes to them, later once.)
     """
     item = reduced_bytes(config)
     stage, total = zero_stage(config), sum(sizes)
     if stage == 0:
-        return {"all_reduce": total * item}
+        return {} if world_size == 1 else {"all_reduce": total * item}
     if stage == 3:
         padded = sum(-(-size // world_size) * world_size for size in sizes)
         return {"reduce_scatter_tensor": padded * item * num_micro_batches}

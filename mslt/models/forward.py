@@ -3,14 +3,17 @@
 B batch, T tokens, D width, M masked positions (padded), V vocabulary.
 """
 
+from collections import deque
+from itertools import chain
+
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mslt.models import families
 from mslt.models.freezing import still_dropout
-from mslt.models.layer_stack import last_hidden
+from mslt.models.layer_stack import iter_hidden, iter_layers
+from mslt.models.loss import head_sums
 
 # What a forward pass sums up over its samples, so that ranks and micro-batches add. The order of `PretrainingLoss`.
 SUMS = ("mlm_loss", "mlm_correct", "mlm_count", "nsp_loss", "nsp_correct", "nsp_count")
@@ -22,6 +25,8 @@ class PretrainingLoss(nn.Module):
     `lowest_graph_layer` is the plan's boundary. `still` names the slots whose dropout stays off in training. Without
     `next_sentence_prediction` pooler and NSP head are not computed, and the NSP sums are 0. `autocast` is the type of
     matrix products, None for fp32; losses are computed in fp32.
+
+    What lies below the boundary may be computed on its own by `prefix`, ahead of time, and handed to `forward`.
     """
 
     def __init__(
@@ -44,6 +49,18 @@ class PretrainingLoss(nn.Module):
         still_dropout(self.model, self.still)
         return self
 
+    @torch.no_grad()
+    def prefix(
+        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden state `lowest_graph_layer`, [B, T, D]: all that is computed without a graph."""
+        with self._precision(input_ids.device):
+            walk = iter_hidden(self.model, input_ids, token_type_ids, attention_mask)
+            return next(h_BTD for k, h_BTD in walk if k == self.lowest_graph_layer)
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -52,10 +69,16 @@ class PretrainingLoss(nn.Module):
         mlm_positions: torch.Tensor,
         mlm_labels: torch.Tensor,
         nsp_labels: torch.Tensor,
+        prefix_BTD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[6] fp32, named by SUMS. ids, types and mask [B, T]; positions and labels [B, M]; NSP labels [B]."""
-        with torch.autocast(input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            h_BTD = last_hidden(self.model, input_ids, token_type_ids, attention_mask, self.lowest_graph_layer)
+        lowest = self.lowest_graph_layer
+        with self._precision(input_ids.device):
+            if prefix_BTD is None:
+                walk = iter_hidden(self.model, input_ids, token_type_ids, attention_mask, lowest)
+            else:
+                walk = chain([(lowest, prefix_BTD)], iter_layers(self.model, prefix_BTD, attention_mask, lowest))
+            ((_, h_BTD),) = deque(walk, maxlen=1)
             h_BMD = h_BTD.gather(1, mlm_positions[:, :, None].expand(-1, -1, h_BTD.shape[-1]))
             sums = head_sums(families.mlm_logits(self.model, h_BMD).flatten(0, 1), mlm_labels.flatten())
             if self.next_sentence_prediction:
@@ -63,11 +86,3 @@ class PretrainingLoss(nn.Module):
             else:
                 nsp_sums = torch.zeros_like(sums)
         return torch.cat([sums, nsp_sums])
-
-
-def head_sums(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """[3] fp32: the loss summed up, right predictions, labels that count. C classes; ignored labels are negative."""
-    logits_NC = logits_NC.float()
-    loss = cross_entropy(logits_NC, labels_N, reduction="sum")
-    counts = (logits_NC.argmax(-1) == labels_N).sum(), (labels_N >= 0).sum()
-    return torch.stack([loss, *(count.float() for count in counts)])

@@ -1,5 +1,6 @@
 """Freezing by slots, before an engine sees the model (a living optimizer is never edited)."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,3 +20,14 @@ def still_dropout(model: PreTrainedModel, frozen: tuple[str, ...]) -> None:
     modules: dict[str, nn.Module] = families.slot_modules(model)
     for slot in frozen:
         modules[slot].eval()
+
+
+def hold_in(model: PreTrainedModel, frozen: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Hold the matrix products' weights of frozen layers in `dtype`, in place, where autocast would cast them in every
+    pass: the same bits come out. LayerNorm and embeddings, which it computes in fp32, stay."""
+    modules = families.slot_modules(model)
+    for slot in frozen:
+        if slot.startswith("layer."):
+            for part in modules[slot].modules():
+                if isinstance(part, nn.Linear):
+                    part.to(dtype)

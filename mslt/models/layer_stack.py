@@ -3,8 +3,8 @@
 B batch, T tokens, D width. Hidden state 0 is the embedding output, hidden state k+1 the output of layer k.
 """
 
-from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
@@ -27,22 +27,29 @@ def iter_hidden(
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and lowest_graph_layer < 0):
         h_BTD = families.embed(model, input_ids_BT, token_type_ids_BT)
-    mask = create_bidirectional_mask(config=model.config, inputs_embeds=h_BTD, attention_mask=attention_mask_BT)
     yield 0, h_BTD
-    for index, layer in enumerate(families.layers(model)):
+    yield from iter_layers(model, h_BTD, attention_mask_BT, 0, lowest_graph_layer)
+
+
+def iter_layers(
+    model: PreTrainedModel,
+    h_BTD: torch.Tensor,
+    attention_mask_BT: torch.Tensor,
+    first_index: int,
+    lowest_graph_layer: int = -1,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Go on from hidden state `first_index`: yield (k, h_k [B, T, D]) of the layers from that one to the top."""
+    mask = _attention_mask(model, h_BTD, attention_mask_BT)
+    for index, layer in islice(enumerate(families.layers(model)), first_index, None):
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= lowest_graph_layer):
             h_BTD = layer(h_BTD, mask)
         yield index + 1, h_BTD
 
 
-def last_hidden(
-    model: PreTrainedModel,
-    input_ids_BT: torch.Tensor,
-    token_type_ids_BT: torch.Tensor,
-    attention_mask_BT: torch.Tensor,
-    lowest_graph_layer: int = -1,
-) -> torch.Tensor:
-    """The output of the top layer, [B, T, D]."""
-    walk = iter_hidden(model, input_ids_BT, token_type_ids_BT, attention_mask_BT, lowest_graph_layer)
-    ((_, h_BTD),) = deque(walk, maxlen=1)
-    return h_BTD
+def _attention_mask(model: PreTrainedModel, h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """What the layers are handed. For sdpa always a mask: Hugging Face's leaves one out that hides nothing, and has to
+    wait for the device to know."""
+    if model.config._attn_implementation == "sdpa":
+        B, T = attention_mask_BT.shape
+        return attention_mask_BT.bool()[:, None, None, :].expand(B, 1, T, T)
+    return create_bidirectional_mask(config=model.config, inputs_embeds=h_BTD, attention_mask=attention_mask_BT)

@@ -264,7 +264,7 @@ def write_weights(case: Case, job: Job, workers: Workers, state: State, steps: i
         save_file(state, job.folder / f"{case.name}-after-{steps}.safetensors")
     digest = hashlib.sha256()
     for tensor in state.values():
-        digest.update(tensor.numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from mslt.engine.ds_config import read_engine_config
 from mslt.engine.engine import Engine, Workers
 from mslt.errors import MsltError
 from mslt.models import factory
+from mslt.models.compiling import why_no_compiler
 from mslt.models.surgery import State
 from mslt.plan import Plan
 from mslt.schedule import lr_at, make_plan
@@ -259,11 +260,11 @@ def engine_of(plan: Plan, stage_index: int, workers: Workers, base: State) -> En
     return Engine(build_module(plan, stage_index, base), plan, stage_index, workers)
 
 
-def batch_of(plan: Plan, stage_index: int, shards: Path) -> Batch:
-    """The stage's first."""
+def batch_of(plan: Plan, stage_index: int, shards: Path, step: int = 0) -> Batch:
     stage = plan.stages[stage_index]
     samples = Samples(open_shards(shards, "train"), plan.data, stage.sequence_length, stage.seed)
-    return samples.batch(range(stage.first_sample, stage.first_sample + stage.batch_size))
+    first = stage.first_sample + step * stage.batch_size
+    return samples.batch(range(first, first + stage.batch_size))
 
 
 def by_kind(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
@@ -346,17 +347,63 @@ def test_a_step_that_reduces_other_bytes_is_refused(
 ) -> None:
     plan = plan_of(tiny_sections, "zero0_fp32")
     engine = engine_of(plan, FROZEN, worker, initial_state(plan))
-    reduce = engine._engine.allreduce_gradients
+    begin_step = engine._optimizer.begin_step
 
-    def twice() -> None:
-        reduce()
-        reduce()
+    def and_reduce() -> None:
+        worker.start_sum(torch.zeros(10)).wait()
+        begin_step()
 
-    monkeypatch.setattr(engine._engine, "allreduce_gradients", twice)
-    size = stage_cost(plan.model, plan.stages[FROZEN]).fp32_gradient_bytes
-    with pytest.raises(MsltError, match=rf"handed {{'all_reduce': {2 * size}}} bytes .* make {{'all_reduce': {size}}}"):
+    monkeypatch.setattr(engine._optimizer, "begin_step", and_reduce)
+    with pytest.raises(MsltError, match=r"handed {'all_reduce': 40} bytes .* make {}"):
         engine.train_step(batch_of(plan, FROZEN, shards), 0, 0.001)
     engine.close()
+
+
+@pytest.mark.parametrize("engine_name", ["zero0_fp32", "zero0_bf16", "zero1_fp32", "zero3_fp32"])
+def test_what_is_computed_ahead_changes_no_bit(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], engine_name: str
+) -> None:
+    """Dropout is on in all layers, and a step has several micro-batches."""
+    plan = plan_of(tiny_sections, engine_name)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update=dropout)})
+    assert plan.stages[FROZEN].frozen_dropout
+    batches = [batch_of(plan, FROZEN, shards, step) for step in range(3)]
+    ends = []
+    for upcoming in ([None, None, None], [batches[1], batches[2], None], [batches[1], None, None]):
+        engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+        sums = [engine.train_step(batches[step], step, 0.001, upcoming=upcoming[step]) for step in range(3)]
+        assert engine._ahead is None
+        ends.append({**engine.export_state(), **{f"sums {step}": found for step, found in enumerate(sums)}})
+        engine.close()
+    for end in ends[1:]:
+        for name, tensor in ends[0].items():
+            assert torch.equal(end[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_frozen_layers_are_held_in_the_type_they_compute_with(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny_sections, f"zero0_{dtype}")
+    low = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    seen = []
+    for holds in (True, False):
+        if not holds:
+            monkeypatch.setattr(engine_module, "hold_in", lambda *_: None)
+        engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+        state = engine.export_state()
+        frozen = {name for name in state if ".layer.0." in name or ".layer.1." in name}
+        is_low = {name for name, tensor in state.items() if tensor.dtype == low}
+        matrices = {name for name in frozen if "LayerNorm" not in name}
+        assert is_low == (matrices if holds else set()), "embeddings, LayerNorm and what trains are fp32"
+        sums = engine.train_step(batch_of(plan, FROZEN, shards), 0, 0.001)
+        evaluated = engine.evaluate_step(batch_of(plan, FROZEN, shards))
+        trained = {name: tensor for name, tensor in engine.export_state().items() if name not in frozen}
+        seen.append({"sums": sums, "evaluated": evaluated, **trained})
+        engine.close()
+    for name, tensor in seen[0].items():
+        assert torch.equal(tensor, seen[1][name]), name
 
 
 def test_an_optimizer_that_holds_other_parameters_is_refused(
@@ -367,3 +414,38 @@ def test_an_optimizer_that_holds_other_parameters_is_refused(
     monkeypatch.setattr(engine_module, "zero_pieces", lambda *arguments: zero_pieces(*arguments)[:-1])
     with pytest.raises(MsltError, match=r"optimizes another set of parameters than the plan trains: cls\.seq_relat"):
         engine_of(plan, FROZEN, worker, initial_state(plan))
+
+
+def compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_compiled_layers_train_alike_and_are_compiled_in_the_first_step_alone(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any]
+) -> None:
+    if why_no_compiler("cpu") is not None:
+        pytest.skip(f"torch.compile does not work here: {why_no_compiler('cpu')}")
+    ends, made = {}, []
+    for run, compile_ in enumerate(("none", "frozen", "all", "all")):
+        before = compiled_graphs()
+        plan = plan_of(tiny_sections, "zero0_bf16", compile=compile_)
+        engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+        is_compiled = [
+            layer._compiled_call_impl is not None for layer in engine._engine.module.model.bert.encoder.layer
+        ]
+        assert is_compiled == {"none": [False] * 4, "frozen": [True, True, False, False], "all": [True] * 4}[compile_]
+        sums = [engine.train_step(batch_of(plan, FROZEN, shards), 0, 0.001)]
+        graphs = compiled_graphs()
+        made.append(graphs - before)
+        evaluated = engine.evaluate_step(batch_of(plan, FROZEN, shards))
+        sums += [engine.train_step(batch_of(plan, FROZEN, shards, step), step, 0.001) for step in (1, 2)]
+        assert compiled_graphs() == graphs, "neither evaluation nor a later step compiles"
+        ends[run] = {"sums": torch.stack(sums), "evaluated": evaluated, **engine.export_state()}
+        engine.close()
+    eager, frozen, both, again = ends.values()
+    assert made == [0, 1, 2, 0], "one for all frozen layers; one for the first that trains, and one for those above"
+    for end in (frozen, both):
+        torch.testing.assert_close(end["sums"][:, 0], eager["sums"][:, 0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(end["evaluated"][0], eager["evaluated"][0], rtol=1e-3, atol=0)
+    for name, tensor in both.items():
+        assert torch.equal(again[name], tensor), name

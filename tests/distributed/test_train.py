@@ -137,7 +137,7 @@ def test_low_precision_learns_and_keeps_fp32_masters_over_the_border(
 ) -> None:
     tiny_recipe["engine"] = engine
     run = RunDir(tmp_path / "run")
-    train(write_recipe(tmp_path / "recipe.yaml", tiny_recipe), shards, run.path, workers=1)
+    train(write_recipe(tmp_path / "recipe.yaml", tiny_recipe), shards, run.path, workers=2)
     plan = read_plan(run)
     before, after = (read_summaries(run)[index][f"evaluation_{when}"] for index, when in ((0, "before"), (-1, "after")))
     in_fp32 = read_summaries(finished)[-1]["evaluation_after"]["mlm_loss"]

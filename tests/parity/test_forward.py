@@ -14,8 +14,10 @@ from mslt.data.loader import Batch, Samples
 from mslt.data.masking import IGNORED_LABEL
 from mslt.data.shards import open_shards
 from mslt.models import families
-from mslt.models.forward import SUMS, PretrainingLoss, head_sums
-from mslt.models.layer_stack import iter_hidden, last_hidden
+from mslt.models import loss as loss_module
+from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.layer_stack import iter_hidden
+from mslt.models.loss import head_sums
 from mslt.plan import NEXT_SENTENCE_SLOTS
 
 
@@ -141,7 +143,6 @@ def test_hidden_states_are_hugging_faces_bit_for_bit(
     assert len(expected) == 5
     for (k, h_BTD), wanted in zip(found, expected, strict=True):
         assert torch.equal(h_BTD, wanted), k
-    assert torch.equal(last_hidden(model, *inputs), expected[-1])
     assert not torch.equal(expected[-1], expected[-2])
 
 
@@ -152,8 +153,10 @@ def test_hidden_states_are_hugging_faces_with_dropout(shards: Path, tiny_model: 
     torch.manual_seed(5)
     expected = model.bert(input_ids=inputs[0], token_type_ids=inputs[1], attention_mask=inputs[2]).last_hidden_state
     torch.manual_seed(5)
-    assert torch.equal(last_hidden(model, *inputs), expected)
-    assert not torch.equal(last_hidden(model, *inputs), expected), "dropout is on"
+    *_, (_, found) = iter_hidden(model, *inputs)
+    assert torch.equal(found, expected)
+    *_, (_, again) = iter_hidden(model, *inputs)
+    assert not torch.equal(again, expected), "dropout is on"
 
 
 def test_hidden_states_are_computed_when_asked_for(shards: Path, tiny_model: ModelConfig) -> None:
@@ -212,6 +215,34 @@ def test_a_loss_of_many_positions_is_summed_in_fp32() -> None:
         loss, _, count = head_sums(rounded, labels_N).tolist()
         assert loss == pytest.approx(expected, rel=1e-6)
         assert count == 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_elements", [1, 300, 2**20])
+def test_loss_and_gradient_are_torchs(dtype: torch.dtype, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", chunk_elements)
+    generator = torch.Generator().manual_seed(0)
+    labels_N = torch.randint(100, (37,), generator=generator).masked_fill(torch.arange(37) % 5 == 0, IGNORED_LABEL)
+    logits = [(3 * torch.randn(37, 100, generator=generator)).to(dtype).requires_grad_()]
+    logits.append(logits[0].detach().clone().requires_grad_())
+    sums = head_sums(logits[0], labels_N)
+    loss = cross_entropy(logits[1].float(), labels_N, reduction="sum")
+    assert sums.dtype == torch.float32
+    right = (logits[1].argmax(-1) == labels_N).sum().item()
+    torch.testing.assert_close(sums, torch.tensor([loss.item(), right, 29]), rtol=1e-6, atol=0)
+    (0.37 * sums[0]).backward()
+    (0.37 * loss).backward()
+    for each in logits:
+        assert each.grad is not None
+    torch.testing.assert_close(logits[0].grad, logits[1].grad, rtol=0, atol=1e-7)
+
+
+def test_logits_are_kept_once_and_as_they_are() -> None:
+    logits_NC = torch.randn(64, 1000).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        head_sums(logits_NC, torch.arange(64))
+    assert [tensor.dtype for tensor in kept] == [torch.bfloat16, torch.int64]
 
 
 def test_gathering_before_the_head_is_faster_than_all_positions() -> None:
