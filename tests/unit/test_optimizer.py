@@ -16,7 +16,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from mslt.config import ModelConfig, OptimizerConfig
-from mslt.engine.optimizer import Lamb, LossScale
+from mslt.engine import optimizer as optimizer_module
+from mslt.engine.optimizer import CPU_CHUNK_ELEMENTS, Lamb, LossScale
 from mslt.engine.pieces import Piece, whole_pieces
 from mslt.models import families
 from mslt.models.freezing import freeze
@@ -241,14 +242,14 @@ def test_clipping_is_torchs(clip_norm: float, scale: float | None) -> None:
     give(torchs, grads)
     norm = clip_grad_norm_(torchs.values(), clip_norm or float("inf"))
     give(ours, {name: grad * (scale or 1.0) for name, grad in grads.items()})
-    optimizer = lamb(ours, clip_norm=clip_norm, loss_scale=scale and LossScale(scale))
+    # With beta1 0 the first moment is the gradient that the update is made of.
+    optimizer = lamb(ours, changed(beta1=0.0), clip_norm, loss_scale=scale and LossScale(scale))
     optimizer.step()
     assert optimizer.gradient_norm is not None
     assert norm > 1.0
     assert optimizer.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-6), "before clipping"
     for name in ours:
-        grad = ours[name].grad
-        assert grad is not None
+        grad = moment(optimizer, "exp_avg", name).view_as(grads[name])
         torch.testing.assert_close(grad, torchs[name].grad, rtol=1e-6, atol=0.0)
         assert torch.equal(grad, grads[name]) == (clip_norm in (0.0, 1e6)), "untouched where it is short enough"
 
@@ -258,11 +259,86 @@ def test_a_normalized_gradient_is_not_clipped() -> None:
     for clip_norm in (0.0, 1e-3):
         weights = some_weights(6)
         give(weights, gradients(weights, 6))
-        lamb(weights, changed(normalize_gradient=True, eps=0.1), clip_norm).step()
-        norm = torch.stack([p.grad.norm() for p in weights.values() if p.grad is not None]).norm()
+        optimizer = lamb(weights, changed(normalize_gradient=True, eps=0.1, beta1=0.0), clip_norm)
+        optimizer.step()
+        norm = torch.stack([grad.norm() for grad in optimizer.moments["exp_avg"]]).norm()
         assert norm.item() == pytest.approx(1.0, rel=1e-6)
         updates.append(values(weights))
     assert all(torch.equal(updates[0][name], updates[1][name]) for name in updates[0])
+
+
+# Cut into chunks that stay in a CPU's cache
+
+
+def plain_step(
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    grads: dict[str, torch.Tensor],
+    config: OptimizerConfig,
+    clip_norm: float,
+    scale: float,
+    steps: int,
+    lr: float,
+) -> None:
+    """What `Lamb.step` computes, one operation after the other on whole tensors, each result in new memory but for
+    weights and moments."""
+    norms = [torch.linalg.vector_norm(grads[name]) for name in sorted(grads, key=lambda name: grads[name].ndim == 1)]
+    norm = torch.stack([torch.zeros(()), *norms]).square().sum().sqrt()
+    factor = torch.ones(())
+    if config.normalize_gradient:
+        factor = 1 / (norm / scale)
+    elif clip_norm > 0:
+        factor = (clip_norm / (norm / scale + 1e-6)).clamp(max=1.0)
+    for name, weight in weights.items():
+        (m, v), grad = moments[name], grads[name] * (factor / scale)
+        m.lerp_(grad, 1 - config.beta1)
+        v.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
+        corrections = (1 - config.beta1**steps, 1 - config.beta2**steps) if config.bias_correction else (1.0, 1.0)
+        update = (m / corrections[0]) / ((v / corrections[1]).sqrt() + config.eps)
+        if grad.ndim > 1:
+            update = update.add(weight, alpha=config.weight_decay)
+            if config.name == "lamb":
+                weight_norm, update_norm = (torch.linalg.vector_norm(x).square().sqrt() for x in (weight, update))
+                ratio = weight_norm / update_norm
+                if config.trust_ratio_bounds is not None:
+                    ratio = ratio.clamp(*config.trust_ratio_bounds)
+                update = update * torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
+        weight.add_(update, alpha=-lr)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 8, 24, CPU_CHUNK_ELEMENTS])
+@pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, None), (0.0, None), (0.0, 512.0), (1.0, 512.0)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunks_give_the_bits_of_whole_tensors(
+    variant: str, clip_norm: float, scale: float | None, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer_module, "CPU_CHUNK_ELEMENTS", chunk_elements)
+    refuse_other_bits(some_weights(17), changed(**VARIANTS[variant]), clip_norm, scale)
+
+
+@pytest.mark.parametrize("variant", ["of the paper", "without a trust ratio"])
+def test_chunks_of_real_size_give_the_bits_of_whole_tensors(variant: str) -> None:
+    shapes = {"embeddings": (1401, 768), "norm": (768,), "one": (768, 768), "two": (768, 768), "bias": (3072,)}
+    assert 2 * CPU_CHUNK_ELEMENTS < 1401 * 768 < 3 * CPU_CHUNK_ELEMENTS
+    generator = torch.Generator().manual_seed(18)
+    weights = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    refuse_other_bits(weights, changed(**VARIANTS[variant]), clip_norm=1.0, scale=None)
+
+
+def refuse_other_bits(weights: Params, config: OptimizerConfig, clip_norm: float, scale: float | None) -> None:
+    """Three steps of Lamb against three plain ones."""
+    expected = values(weights)
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.items()}
+    optimizer = lamb(weights, config, clip_norm, loss_scale=scale and LossScale(scale))
+    for step in range(3):
+        grads = gradients(weights, step, (scale or 1.0) * 10.0 ** (step - 1))
+        give(weights, grads)
+        optimizer.step()
+        plain_step(expected, moments, grads, config, clip_norm, scale or 1.0, step + 1, lr=0.05)
+        for name, weight in weights.items():
+            assert torch.equal(weight, expected[name]), (step, name)
+            for kind, held in zip(("exp_avg", "exp_avg_sq"), moments[name], strict=True):
+                assert torch.equal(moment(optimizer, kind, name).view_as(held), held), (step, name, kind)
 
 
 # Before bind
