@@ -50,6 +50,7 @@ FROZEN_STAGE = 2  # index: the third of four growing stages
 ENGINE, ALL_POSITIONS, MASKED = "mslt, full stage", "Hugging Face + DDP", "the same, head on masked positions"
 COMPILED, MASKED_COMPILED = f"{ALL_POSITIONS}, compiled", "head on masked positions, compiled"
 FROZEN = "mslt, stage 3 of k=4"
+ENGINE_COMPILED, FROZEN_COMPILED = f"{ENGINE}, compiled", f"{FROZEN}, compiled"
 Step = Callable[[], None]
 
 
@@ -93,8 +94,11 @@ def work(workers: Workers, plans: tuple[Plan, Plan], options: argparse.Namespace
     why_not = "left out by --no-compile" if options.no_compile else no_compiler(workers)
 
     engines = {ENGINE: started(full, 0, workers), FROZEN: started(growing, FROZEN_STAGE, workers)}
+    if why_not is None:
+        compiled_full, compiled_growing = (plan.model_copy(update={"compile": "all"}) for plan in plans)
+        engines[ENGINE_COMPILED] = started(compiled_full, 0, workers)
+        engines[FROZEN_COMPILED] = started(compiled_growing, FROZEN_STAGE, workers)
     contestants: dict[str, Step] = {
-        ENGINE: engine_step(engines[ENGINE], batch),
         ALL_POSITIONS: peer_step(hugging_face(full), everywhere, full, workers),
         MASKED: peer_step(MaskedPositions(hugging_face(full)), batch, full, workers),
     }
@@ -103,7 +107,7 @@ def work(workers: Workers, plans: tuple[Plan, Plan], options: argparse.Namespace
             COMPILED: peer_step(hugging_face(full), everywhere, full, workers, compiled=True),
             MASKED_COMPILED: peer_step(MaskedPositions(hugging_face(full)), batch, full, workers, compiled=True),
         }
-    contestants[FROZEN] = engine_step(engines[FROZEN], batch)
+    contestants |= {name: engine_step(engine, batch) for name, engine in engines.items()}
 
     first = {name: measure(step, 1, workers).wall_s for name, step in contestants.items()}
     for step in contestants.values():
@@ -264,7 +268,9 @@ def report(measured: dict[str, Any], plan: Plan, options: argparse.Namespace, ag
     """The record below its heading. A ratio is the median over rounds of that of the two turns of a round."""
     turns = {name: [Turn(**turn) for turn in told] for name, told in measured["turns"].items()}
     rows = []
-    for name in (ENGINE, ALL_POSITIONS, MASKED, COMPILED, MASKED_COMPILED, FROZEN):
+    for name in (
+        ALL_POSITIONS, MASKED, COMPILED, MASKED_COMPILED, ENGINE, ENGINE_COMPILED, FROZEN, FROZEN_COMPILED
+    ):  # fmt: skip
         if name not in turns:
             rows.append([name, *["skipped"] * 6])
             continue

@@ -63,7 +63,8 @@ class ScheduleConfig(Frozen):
     """How the encoder grows: a schedule of mslt.growth by name, with its options beside the keys that all have.
 
     `learning_rate` is one schedule over all steps, or one for each stage; `rewarmup_steps` lets the global one rise
-    anew from 0 when a later stage begins. `frozen_dropout` keeps the dropout of frozen layers. `optimizer_state` says
+    anew from 0 when a later stage begins. `frozen_dropout` keeps the dropout of frozen layers; `frozen_precision` int8
+    computes those without a graph in 8-bit integers, which is not exact (mslt.models.int8). `optimizer_state` says
     what becomes of the optimizer's moments when a stage begins: `reset` to 0, or `carry` those of the stage before, by
     name, copied layers with their source's.
     """
@@ -75,6 +76,7 @@ class ScheduleConfig(Frozen):
     learning_rate: Literal["global", "per_stage"] = "global"
     rewarmup_steps: NonNegativeInt = 0
     frozen_dropout: bool = True
+    frozen_precision: Literal["exact", "int8"] = "exact"
     optimizer_state: Literal["reset", "carry"] = "reset"
 
     @property
@@ -190,6 +192,9 @@ def _disagreements(sections: Any) -> Iterator[str]:
             f"training.sequence_length: {training.sequence_length} is over model.max_position_embeddings "
             f"{model.max_position_embeddings}"
         )
+    in_int8 = schedule is not None and schedule.frozen_precision == "int8"
+    if in_int8 and training is not None and training.compile == "none":
+        yield "schedule.frozen_precision: int8 is slower than exact until it is compiled; set training.compile: frozen"
     if data is not None and training is not None and data.max_predictions >= training.sequence_length:
         yield (
             f"data.max_predictions: {data.max_predictions} is not below training.sequence_length "

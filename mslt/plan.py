@@ -62,6 +62,7 @@ class Stage(Frozen):
     sources: Sources
     trainable: tuple[str, ...]
     frozen_dropout: bool
+    frozen_precision: Literal["exact", "int8"]
     optimizer_state: Literal["reset", "carry"]
     steps: PositiveInt
     learning_rate: LearningRate

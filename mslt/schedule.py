@@ -18,10 +18,19 @@ def refuse_apex_where_it_is_wrong(recipe: Recipe, engine: dict[str, Any]) -> Non
         raise MsltError(f"optimizer.implementation apex: makes another update with {why}; write foreach")
 
 
+def _refuse_int8_in_partitions(recipe: Recipe, engine: dict[str, Any]) -> None:
+    if recipe.schedule.frozen_precision == "int8" and engine.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise MsltError(
+            f"schedule.frozen_precision int8: engine {recipe.engine} (ZeRO-3) cuts frozen weights into pieces; take an "
+            "engine of zero0 to zero2, or write exact"
+        )
+
+
 def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None = None) -> Plan:
     """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage. A
     micro-batch that is yet to be measured is the whole batch."""
     refuse_apex_where_it_is_wrong(recipe, engine)
+    _refuse_int8_in_partitions(recipe, engine)
     schedule, training, optimizer = recipe.schedule, recipe.training, recipe.optimizer
     per_stage = schedule.learning_rate == "per_stage"
     growths = stages_of(find_schedule(schedule.name), recipe.model.num_hidden_layers, schedule.steps, schedule.options)
@@ -46,6 +55,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
                 sources=growth.sources,
                 trainable=tuple(slot for slot in trainable_slots(growth) if slot not in unused),
                 frozen_dropout=schedule.frozen_dropout,
+                frozen_precision=schedule.frozen_precision,
                 optimizer_state=schedule.optimizer_state if stages else "reset",
                 steps=growth.steps,
                 learning_rate=rate,

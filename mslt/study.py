@@ -134,8 +134,10 @@ class Study:
 
 def kind_of(stage: Stage) -> str:
     """Stages of one study that say the same here take as long for a step."""
-    return f"{stage.depth} layers, frozen: {', '.join(stage.frozen) or 'none'}" + (
-        "" if stage.frozen_dropout or not stage.frozen else ", their dropout off"
+    return (
+        f"{stage.depth} layers, frozen: {', '.join(stage.frozen) or 'none'}"
+        + ("" if stage.frozen_dropout or not stage.frozen else ", their dropout off")
+        + ("" if stage.frozen_precision == "exact" or not stage.frozen else f", in {stage.frozen_precision}")
     )
 
 

@@ -27,6 +27,7 @@ from mslt.models.compiling import compile_layers
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import hold_in
+from mslt.models.int8 import quantize_layers
 from mslt.models.surgery import State
 from mslt.plan import Plan, micro_batch_size
 
@@ -157,6 +158,8 @@ class Engine:
                 workers.size,
                 workers.start_sum,
             )
+        if self.stage.frozen_precision == "int8":
+            quantize_layers(module.model, max(module.lowest_graph_layer, 0))
         if module.autocast is not None and self.zero_stage < 3:
             hold_in(module.model, self.stage.frozen, module.autocast)
         if plan.compile != "none":
@@ -318,7 +321,7 @@ class Engine:
 
     def export_state(self) -> State:
         """Every parameter of the model on the CPU, in the type in which it is held: fp32, or frozen the type that is
-        computed with. With ZeRO-3 all ranks must call this."""
+        computed with, and none of what is held in int8. With ZeRO-3 all ranks must call this."""
         state = {}
         for name, parameter in self._engine.module.model.named_parameters():
             gathered = deepspeed.zero.GatheredParameters(parameter) if self.zero_stage == 3 else nullcontext()

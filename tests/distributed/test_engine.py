@@ -416,6 +416,32 @@ def test_an_optimizer_that_holds_other_parameters_is_refused(
         engine_of(plan, FROZEN, worker, initial_state(plan))
 
 
+@pytest.mark.parametrize("engine_name", ["zero0_bf16", "zero1_fp32"])
+def test_layers_without_a_graph_train_their_top_in_int8(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], engine_name: str
+) -> None:
+    """Eager: compiled or not, the numbers are about the same."""
+    exact = plan_of(tiny_sections, engine_name)
+    stages = tuple(stage.model_copy(update={"frozen_precision": "int8"}) for stage in exact.stages)
+    low = exact.model_copy(update={"stages": stages})
+    ends = []
+    for plan in (exact, low):
+        engine = engine_of(plan, FROZEN, worker, initial_state(plan))
+        sums = [engine.train_step(batch_of(plan, FROZEN, shards, step), step, 0.001)[0] for step in range(3)]
+        ends.append((torch.stack(sums), engine.export_state()))
+        engine.close()
+    (sums, state), (low_sums, low_state) = ends
+    assert not torch.equal(sums, low_sums)
+    torch.testing.assert_close(low_sums, sums, rtol=1e-2, atol=0)
+    gone = state.keys() - low_state.keys()
+    assert {name.split(".layer.")[1][0] for name in gone} == {"0", "1"}
+    assert all("LayerNorm" not in name for name in gone)
+    assert not low_state.keys() - state.keys()
+    whole = engine_of(low, FULL, worker, initial_state(low))
+    assert whole.export_state().keys() == state.keys(), "where all trains nothing is low"
+    whole.close()
+
+
 def compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
