@@ -136,7 +136,8 @@ class Plan(Frozen):
 
     def deciding(self) -> dict[str, Any]:
         """Everything that decides what is learned. Where the shards lie does not, nor how many bad batches are borne,
-        nor what only rounds otherwise: how many samples fit at once, and compiled layers."""
+        nor what only rounds otherwise and draws other dropout masks: how many samples are computed at once, and
+        compiled layers."""
         stages = {"__all__": {"micro_batch_size"}}
         free: Any = {"data": {"shards"}, "skip_bad_batches": True, "compile": True, "stages": stages}
         return self.model_dump(mode="json", exclude=free)

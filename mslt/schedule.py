@@ -18,11 +18,21 @@ def refuse_apex_where_it_is_wrong(recipe: Recipe, engine: dict[str, Any]) -> Non
         raise MsltError(f"optimizer.implementation apex: makes another update with {why}; write foreach")
 
 
-def _refuse_int8_in_partitions(recipe: Recipe, engine: dict[str, Any]) -> None:
-    if recipe.schedule.frozen_precision == "int8" and engine.get("zero_optimization", {}).get("stage", 0) == 3:
+def _refuse_what_partitions_forbid(recipe: Recipe, engine: dict[str, Any]) -> None:
+    """MsltError for what needs a layer's weights whole, or several stages in a process, under ZeRO-3."""
+    if engine.get("zero_optimization", {}).get("stage", 0) < 3:
+        return
+    training, found = recipe.training, []
+    if recipe.schedule.frozen_precision == "int8":
+        found.append("schedule.frozen_precision int8: write exact")
+    if training.compile != "none":
+        found.append(f"training.compile {training.compile}: write none")
+    if training.micro_batch_size == "auto":
+        found.append("training.micro_batch_size auto: write a number")
+    if found:
         raise MsltError(
-            f"schedule.frozen_precision int8: engine {recipe.engine} (ZeRO-3) cuts frozen weights into pieces; take an "
-            "engine of zero0 to zero2, or write exact"
+            f"engine {recipe.engine} (ZeRO-3) cuts weights into pieces and takes a launch for every stage, which does "
+            f"not go with {'; '.join(found)}, or take an engine of zero0 to zero2"
         )
 
 
@@ -30,7 +40,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
     """The recipe's schedule as a plan: one global learning-rate schedule over all stages unless it says per stage. A
     micro-batch that is yet to be measured is the whole batch."""
     refuse_apex_where_it_is_wrong(recipe, engine)
-    _refuse_int8_in_partitions(recipe, engine)
+    _refuse_what_partitions_forbid(recipe, engine)
     schedule, training, optimizer = recipe.schedule, recipe.training, recipe.optimizer
     per_stage = schedule.learning_rate == "per_stage"
     growths = stages_of(find_schedule(schedule.name), recipe.model.num_hidden_layers, schedule.steps, schedule.options)

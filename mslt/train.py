@@ -31,6 +31,7 @@ from mslt.models.compiling import why_no_compiler
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import freeze
+from mslt.models.int8 import quantize_layers
 from mslt.models.surgery import State, rebuild
 from mslt.plan import Plan, lowest_graph_layer
 from mslt.provenance import provenance
@@ -108,11 +109,14 @@ def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
     stage = plan.stages[stage_index]
     model = factory.build(plan.model, stage.depth, base)
     freeze(model, stage.trainable)
+    lowest = lowest_graph_layer(stage.trainable, stage.depth)
+    if stage.frozen_precision == "int8":
+        quantize_layers(model, max(lowest, 0))
     still = () if stage.frozen_dropout else stage.frozen
     dtype = autocast_dtype(plan.engine)
     return PretrainingLoss(
         model,
-        lowest_graph_layer(stage.trainable, stage.depth),
+        lowest,
         still,
         plan.data.next_sentence_prediction,
         None if dtype is None else getattr(torch, dtype),

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         if measures:
             plan, out = measures
-            _measure("time_stages" if options.time else "fastest_micro_batches", plan, out, options.shards)
+            _measure(plan, out, options.shards, times=options.time is not None)
         else:
             _work(options.recipe, options.run_dir, options.shards, told)
     except (MsltError, OSError) as error:
@@ -63,8 +63,8 @@ def _work(recipe: str, run_dir: Path | None, shards: Path | None, told: list[int
         print(f"{opened.run.path}: {why}; start again for stage {stage_index + 1}", file=sys.stderr)
 
 
-def _measure(what: str, plan: Path, out: Path, shards: Path) -> None:
-    """Train nothing: write what this function of mslt.measure finds out of a plan."""
+def _measure(plan: Path, out: Path, shards: Path, times: bool) -> None:
+    """Train nothing: write what the parts of a step of each stage of a plan take, or the fastest micro-batches."""
     import json
 
     from mslt import measure
@@ -74,7 +74,8 @@ def _measure(what: str, plan: Path, out: Path, shards: Path) -> None:
 
     quiet()
     workers = start_workers()
-    found = getattr(measure, what)(Plan.model_validate_json(plan.read_text()), shards, workers)
+    measured = measure.time_stages if times else measure.fastest_micro_batches
+    found = measured(Plan.model_validate_json(plan.read_text()), shards, workers)
     if workers.rank == 0:
         write_text(out, json.dumps(found))
 

@@ -27,7 +27,6 @@ from mslt.models.compiling import compile_layers
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import hold_in
-from mslt.models.int8 import quantize_layers
 from mslt.models.surgery import State
 from mslt.plan import Plan, micro_batch_size
 
@@ -158,8 +157,6 @@ class Engine:
                 workers.size,
                 workers.start_sum,
             )
-        if self.stage.frozen_precision == "int8":
-            quantize_layers(module.model, max(module.lowest_graph_layer, 0))
         if module.autocast is not None and self.zero_stage < 3:
             hold_in(module.model, self.stage.frozen, module.autocast)
         if plan.compile != "none":
@@ -194,7 +191,7 @@ class Engine:
             masked = (batch["mlm_labels"] >= 0).sum()
             counts = self.workers.sum(torch.stack([masked, torch.full_like(masked, int(stop))]))
             self._remember_stop(counts[1])
-        # DeepSpeed averages gradients over the workers; times their number makes that a sum. One masked position at
+        # Reducing averages gradients over the workers; times their number makes that a sum. One masked position at
         # least: whole words that are all over the budget leave nothing to predict.
         mlm_weight = self.workers.size / counts[0].clamp(min=1)
         nsp_weight = self.workers.size / self.stage.batch_size
@@ -392,18 +389,18 @@ class Engine:
         found = dict(handed) if self.zero_stage < 3 else {name: handed[name] for name in expected}
         if found != expected:
             raise MsltError(
-                f"engine: in the first step DeepSpeed {deepspeed.__version__} handed {found} bytes to its collectives, "
-                f"and the parameters that the stage trains make {expected}; use a version that setup.py names"
+                f"engine: in the first step collectives were handed {found} bytes, and the parameters that the stage "
+                f"trains make {expected}; use a DeepSpeed that setup.py names (this one is {deepspeed.__version__})"
             )
 
 
 def step_bytes(config: dict[str, Any], sizes: list[int], world_size: int, num_micro_batches: int) -> dict[str, int]:
     """Bytes handed to each collective in a step, by ZeRO stage, for trainable parameters of these numbers of elements.
 
-    ZeRO-0 and 1 reduce the gradients once a step, without ZeRO on one worker not at all, ZeRO-2 and 3 after every
-    micro-batch. ZeRO-1 and 2 gather the fp32
-    weights, padded so that every rank has the same even number of elements; ZeRO-3 cuts each parameter on its own. (It
-    gathers weights when the forward pass wants them: in the first step as often as it comes to them, later once.)
+    ZeRO-0 and 1 reduce the gradients once a step (without ZeRO one worker not at all), ZeRO-2 and 3 after every
+    micro-batch. ZeRO-1 and 2 gather the fp32 weights, padded so that every rank has the same even number of elements;
+    ZeRO-3 cuts each parameter on its own. (It gathers weights when the forward pass wants them: in the first step as
+    often as it comes to them, later once.)
     """
     item = reduced_bytes(config)
     stage, total = zero_stage(config), sum(sizes)

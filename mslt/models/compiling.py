@@ -21,6 +21,8 @@ def why_no_compiler(device_type: str) -> str | None:
 def compile_layers(model: PreTrainedModel, slots: tuple[str, ...]) -> None:
     """Compile the layers among `slots` for the shapes that they see first, in place, when they are first called: apart
     for those with a graph and those without."""
+    # Torch stops compiling a function after eight kinds of call, and every stage and micro-batch may be one.
+    torch._dynamo.config.recompile_limit = 1000
     modules = families.slot_modules(model)
     for slot in slots:
         if slot.startswith("layer."):

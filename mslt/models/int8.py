@@ -33,14 +33,16 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias_N", linear.bias.detach().float(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[…, K] → […, N], of the same type."""
+        """[…, K] → […, N], in autocast's type where that is on, else in the type that comes in."""
         x_MK = x.flatten(0, -2).float()
         low_M1, high_M1 = x_MK.amin(1, keepdim=True), x_MK.amax(1, keepdim=True)
         scale_M1, middle_M1 = (high_M1 - low_M1).clamp(min=_TINY) / 255, (high_M1 + low_M1) / 2
         x_int8_MK = ((x_MK - middle_M1) / scale_M1).round().clamp(-128, 127).to(torch.int8)
         y_MN = torch._int_mm(x_int8_MK, self.weight_NK.t()).float() * scale_M1 * self.scale_N
         y_MN = y_MN + middle_M1 * self.sum_N + self.bias_N
-        return y_MN.to(x.dtype).unflatten(0, x.shape[:-1])
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return y_MN.to(dtype).unflatten(0, x.shape[:-1])
 
 
 def quantize_layers(model: PreTrainedModel, num_layers: int) -> None:

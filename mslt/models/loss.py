@@ -13,8 +13,8 @@ _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 def head_sums(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """[3] fp32: the loss summed up, right predictions, labels that count; ignored labels are negative. Only the first
-    has a gradient. The logits are kept for it as they are, and never held in fp32 as a whole."""
+    """[3] fp32: the loss summed up, right predictions, labels that count; others are IGNORED_LABEL. Only the first has
+    a gradient. The logits are kept for it as they are, and never held in fp32 as a whole."""
     sums: torch.Tensor = _HeadSums.apply(logits_NC, labels_N)  # type: ignore[no-untyped-call]
     return sums
 

@@ -37,7 +37,7 @@ HEAVY = {
 DEEPSPEEDS_DOOR = "mslt.engine.engine"
 # What each part of the engine may import of the others; `engine` puts them together, `ds_config` is plain.
 ENGINE: dict[str, tuple[str, ...]] = {
-    "checkpoint": (), "clock": (), "gpus": (), "pieces": (), "apex": ("pieces",),
+    "checkpoint": (), "clock": (), "gpus": (), "pieces": (), "reduction": (), "apex": ("pieces",),
     "optimizer": ("apex", "pieces"),
 }  # fmt: skip
 ATTRIBUTES_HOME = "mslt.models.families"

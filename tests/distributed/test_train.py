@@ -153,6 +153,24 @@ def test_low_precision_learns_and_keeps_fp32_masters_over_the_border(
     assert [summary["reduced_bytes"] for summary in read_summaries(run)] == expected
 
 
+def test_frozen_layers_in_int8_leave_exact_models(tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any]) -> None:
+    """Compiled where there is a compiler, and eager where there is none: a recipe asks for both together."""
+    tiny_recipe["engine"] = "zero0_bf16"
+    tiny_recipe["schedule"] |= {"frozen_precision": "int8"}
+    tiny_recipe["training"] |= {"compile": "frozen"}
+    run = RunDir(tmp_path / "run")
+    train(write_recipe(tmp_path / "recipe.yaml", tiny_recipe), shards, run.path, workers=2)
+    plan = read_plan(run)
+    for index, stage in enumerate(plan.stages):
+        base, end = load_file(run.stage(index).base), weights(run, index)
+        assert end.keys() == base.keys()
+        frozen = {name for name in base if families.slot_of(families.FAMILIES["bert"], name) in stage.frozen}
+        assert all(torch.equal(end[name], base[name]) for name in frozen)
+        assert any(not torch.equal(end[name], base[name]) for name in base.keys() - frozen)
+    before, after = (read_summaries(run)[index][f"evaluation_{when}"] for index, when in ((0, "before"), (-1, "after")))
+    assert after["mlm_loss"] < before["mlm_loss"] - 0.1
+
+
 def test_told_to_leave_it_saves_and_leaves_no_process_behind_and_goes_on_with_other_workers(
     tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any]
 ) -> None:

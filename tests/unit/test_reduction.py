@@ -117,5 +117,6 @@ def test_nothing_travels_after_close() -> None:
     model, reducer, ring = made(64)
     reducer.begin()
     reducer.close()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     backward(model)
     assert ring.sent == []

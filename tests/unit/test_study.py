@@ -117,7 +117,7 @@ def test_an_arm_has_the_studys_recipe_with_its_own_schedule_rate_and_seed(
     assert recipe == study.recipe(arm)
     assert recipe.schedule.model_dump() | {"options": recipe.schedule.options} == {
         "name": "mslt", "k": 2, "steps": 90, "learning_rate": "global", "rewarmup_steps": 0, "frozen_dropout": True,
-        "optimizer_state": "reset", "options": {"k": 2},
+        "frozen_precision": "exact", "optimizer_state": "reset", "options": {"k": 2},
     }  # fmt: skip
     assert recipe.optimizer == base.optimizer.model_copy(update={"learning_rate": 0.01, "warmup_steps": 8})  # 5·90/60
     assert recipe.training == base.training.model_copy(update={"seed": 3})
