@@ -7,7 +7,7 @@ import torch
 
 from mslt.cost import PARTS
 from mslt.data.loader import Batch, Samples, training_batches
-from mslt.data.shards import open_shards
+from mslt.data.shards import Shards, open_shards
 from mslt.engine.ds_config import reduced_bytes
 from mslt.engine.engine import Engine, Workers
 from mslt.errors import MsltError
@@ -29,9 +29,7 @@ def time_stages(plan: Plan, shards: Path, workers: Workers) -> list[dict[str, li
     training, plan = open_shards(shards, "train"), compilable(plan, workers)
     runs = []
     for index, stage in enumerate(plan.stages):
-        base = factory.initial_state(plan.model, stage.depth, seed=0)
-        engine = Engine(build_module(plan, index, base), plan, index, workers)
-        samples = Samples(training, plan.data, stage.sequence_length, stage.seed)
+        engine, samples = _started(plan, index, training, workers)
         batches = training_batches(samples, stage, workers.rank, workers.size, 0, num_workers=0)
         runs.append((engine, batches))
     upcoming = [next(batches) for _, batches in runs]
@@ -57,6 +55,14 @@ def time_stages(plan: Plan, shards: Path, workers: Workers) -> list[dict[str, li
     return timed
 
 
+def _started(plan: Plan, stage_index: int, training: Shards, workers: Workers) -> tuple[Engine, Samples]:
+    """The stage from random weights, and its samples."""
+    stage = plan.stages[stage_index]
+    base = factory.initial_state(plan.model, stage.depth, seed=0)
+    engine = Engine(build_module(plan, stage_index, base), plan, stage_index, workers)
+    return engine, Samples(training, plan.data, stage.sequence_length, stage.seed)
+
+
 def fastest_micro_batches(plan: Plan, shards: Path, workers: Workers) -> list[int]:
     """For each stage, the micro-batch with the fastest samples, forward and backward, among divisors of its batch that
     double from 1 on, until a GPU's memory ends or another saves less than GAIN. For one worker; nothing is kept.
@@ -67,9 +73,7 @@ def fastest_micro_batches(plan: Plan, shards: Path, workers: Workers) -> list[in
     training, plan = open_shards(shards, "train"), compilable(plan, workers)
     found = []
     for index, stage in enumerate(plan.stages):
-        base = factory.initial_state(plan.model, stage.depth, seed=0)
-        engine = Engine(build_module(plan, index, base), plan, index, workers)
-        samples = Samples(training, plan.data, stage.sequence_length, stage.seed)
+        engine, samples = _started(plan, index, training, workers)
         # What only a run of several workers holds: gradients as they travel.
         travelling = torch.empty(sum(engine.sizes.values()) * reduced_bytes(plan.engine) // 4, device=workers.device)
         best, best_s = 0, float("inf")

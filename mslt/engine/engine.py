@@ -212,7 +212,7 @@ class Engine:
             total += sums.detach()
         if upcoming is not None and self._has_prefix:
             with self.clock.span("forward"):
-                first = self._micro_batches(self._to_device(upcoming))[0]
+                first = self._to_device(self._micro_batches(upcoming)[0])
                 self._ahead = Ahead(step + 1, self._begin(first, step + 1, 0), get_accelerator().get_rng_state())
         if self._reducer is not None:
             with self.clock.span("reduce"):
