@@ -25,7 +25,7 @@ from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
 from mslt.files import sha256_file, write_json
-from mslt.models import factory
+from mslt.models import dropout, factory
 from mslt.models.checkpoint import load_state, save_base, save_model_folder
 from mslt.models.compiling import why_no_compiler
 from mslt.models.families import FAMILIES, slot_of
@@ -108,6 +108,7 @@ def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
     """The stage's model from its base, frozen, with its loss: a fresh module."""
     stage = plan.stages[stage_index]
     model = factory.build(plan.model, stage.depth, base)
+    dropout.install(model)
     freeze(model, stage.trainable)
     lowest = lowest_graph_layer(stage.trainable, stage.depth)
     if stage.frozen_precision == "int8":

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
-from mslt.models import families
+from mslt.models import dropout, families
 
 
 def iter_hidden(
@@ -47,9 +47,9 @@ def iter_layers(
 
 
 def _attention_mask(model: PreTrainedModel, h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:
-    """What the layers are handed. For sdpa always a mask: Hugging Face's leaves one out that hides nothing, and has to
-    wait for the device to know."""
-    if model.config._attn_implementation == "sdpa":
+    """What the layers are handed. For sdpa and our own always a mask: Hugging Face's leaves one out that hides nothing,
+    and has to wait for the device to know."""
+    if model.config._attn_implementation in ("sdpa", dropout.ATTENTION):
         B, T = attention_mask_BT.shape
         return attention_mask_BT.bool()[:, None, None, :].expand(B, 1, T, T)
     return create_bidirectional_mask(config=model.config, inputs_embeds=h_BTD, attention_mask=attention_mask_BT)

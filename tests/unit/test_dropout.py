@@ -1,0 +1,105 @@
+"""Dropout on a CPU: the right share, the right expectation, independent, and the same wherever it is drawn again."""
+
+import pytest
+import torch
+from torch import nn
+
+from mslt.config import ModelConfig
+from mslt.models import compiling, dropout, factory
+
+SEED = 7
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_each_place_is_dropped_with_the_same_probability(p: float) -> None:
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    num_draws = 4000
+    masks = torch.stack([dropout.dropout_mask(torch.empty(3, 7), p) for _ in range(num_draws)]).flatten(1)
+    assert set(masks.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 2**16) / 2**16)).item()}
+    share = (masks == 0).double().mean(0)
+    deviation = (p * (1 - p) / num_draws) ** 0.5
+    assert (share - p).abs().max() < 5 * deviation, share  # 21 places, four of which share a draw
+    correlation = torch.corrcoef((masks == 0).double().T) - torch.eye(21)
+    assert correlation.abs().max() < 5 / num_draws**0.5, correlation.abs().max()
+
+
+def test_a_probability_is_taken_to_a_65536th_and_the_expectation_stays() -> None:
+    mask = dropout.dropout_mask(torch.empty(1000, dtype=torch.float64), 1e-6)
+    assert mask.eq(1).all()
+    torch.manual_seed(SEED)
+    mask = dropout.dropout_mask(torch.empty(2_000_000, dtype=torch.float64), 0.1)
+    assert mask.mean().item() == pytest.approx(1, abs=5 * (0.1 / 0.9 / 2e6) ** 0.5)
+
+
+def test_the_gradient_passes_where_the_value_did() -> None:
+    torch.manual_seed(SEED)
+    x = torch.randn(64, 33, requires_grad=True)
+    y = dropout.Dropout(0.3).train()(x)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(y, x.detach() * x.grad, rtol=0, atol=0)
+    assert 0.2 < (x.grad == 0).float().mean() < 0.4
+
+
+def test_evaluation_changes_nothing() -> None:
+    x = torch.randn(5)
+    assert dropout.Dropout(0.3).eval()(x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_are_sdpas(dtype: torch.dtype) -> None:
+    """With a dropout that drops nothing and yet takes the way of dropout. The tolerance is bf16's, or fp32's order of
+    adding up."""
+    torch.manual_seed(SEED)
+    tensors = [torch.randn(2, 3, 8, 4).to(dtype).requires_grad_() for _ in range(3)]
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool)
+    mask[1, :, :, 5:] = False
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    results = {}
+    for p in (0.0, 1e-6):
+        out, _ = dropout.attention(nn.Module().train(), *tensors, mask, dropout=p, scaling=0.5)
+        results[p] = [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
+    for expected, found in zip(results[0.0], results[1e-6], strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert results[1e-6][2][1, :, 5:].eq(0).all()  # a hidden key's gradient
+
+
+def test_a_model_with_it_is_the_same_but_for_the_masks() -> None:
+    config = ModelConfig(
+        family="bert", vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    state = factory.initial_state(config, 2, seed=0)
+    plain, ours = factory.build(config, 2, state), factory.build(config, 2, state)
+    dropout.install(ours)
+    assert not [module for module in ours.modules() if type(module) is nn.Dropout]
+    assert len([module for module in ours.modules() if isinstance(module, dropout.Dropout)]) == len(
+        [module for module in plain.modules() if isinstance(module, nn.Dropout)]
+    )
+    ids = torch.arange(40).view(2, 20)
+    hidden = torch.ones(2, 20, dtype=torch.long)
+    hidden[1, 12:] = 0
+    expected, found = (model.eval()(input_ids=ids, attention_mask=hidden) for model in (plain, ours))
+    assert found.prediction_logits.equal(expected.prediction_logits)
+    torch.manual_seed(SEED)
+    first = ours.train()(input_ids=ids, attention_mask=hidden).prediction_logits
+    torch.manual_seed(SEED)
+    assert ours(input_ids=ids, attention_mask=hidden).prediction_logits.equal(first)
+    assert not first.equal(found.prediction_logits)
+    own = ours.state_dict()
+    assert own.keys() == plain.state_dict().keys()
+
+
+def test_compiled_layers_draw_the_same_masks() -> None:
+    why_not = compiling.why_no_compiler("cpu")
+    if why_not is not None:
+        pytest.skip(f"torch.compile does not work here: {why_not}")
+    layer = nn.Sequential(nn.Linear(8, 8), dropout.Dropout(0.5), nn.Linear(8, 8), dropout.Dropout(0.5)).train()
+    x = torch.randn(16, 8)
+    torch.manual_seed(SEED)
+    eager = layer(x)
+    layer.compile(dynamic=False)
+    for _ in range(2):
+        torch.manual_seed(SEED)
+        torch.testing.assert_close(layer(x), eager, rtol=1e-5, atol=1e-6)
