@@ -272,20 +272,22 @@ def report(measured: dict[str, Any], plan: Plan, options: argparse.Namespace, ag
         ALL_POSITIONS, MASKED, COMPILED, MASKED_COMPILED, ENGINE, ENGINE_COMPILED, FROZEN, FROZEN_COMPILED
     ):  # fmt: skip
         if name not in turns:
-            rows.append([name, *["skipped"] * 6])
+            rows.append([name, *["skipped"] * 7])
             continue
-        pairs = zip(turns[name], turns[ALL_POSITIONS], strict=True)
-        ratio = statistics.median(theirs.wall_s / own.wall_s for own, theirs in pairs)
+        ratios = [
+            statistics.median(theirs.wall_s / own.wall_s for own, theirs in zip(turns[name], turns[peer], strict=True))
+            for peer in (ALL_POSITIONS, MASKED)
+        ]
         wall = [turn.wall_s for turn in turns[name]]
         processor = statistics.median(turn.processor_s for turn in turns[name])
         rows.append([
             name, f"{options.batch / statistics.median(wall):.1f}", f"{1000 * statistics.median(wall):.1f}",
             f"{1000 * min(wall):.1f} to {1000 * max(wall):.1f}", f"{1000 * processor:.1f}",
-            f"{measured['first'][name]:.1f}", f"{ratio:.2f}",
+            f"{measured['first'][name]:.1f}", *(f"{ratio:.2f}" for ratio in ratios),
         ])  # fmt: skip
     columns = [
         "", "samples/s, median", "a step, ms", "lowest to highest", "processor time of a worker, ms", "first step, s",
-        f"samples/s over {ALL_POSITIONS}",
+        f"samples/s over {ALL_POSITIONS}", f"over {MASKED}",
     ]  # fmt: skip
     reason = measured["why_not_compiled"]
     differences = ", ".join(f"{value:.1e} ({name})" for name, value in measured["differences"].items())

@@ -58,8 +58,9 @@ class Job:
 
 @dataclass
 class Progress:
-    """How far a stage is, and what a resumed one must know of its past: seconds by kind (`train` is the step loop,
-    its parts beside it, `evaluation`, `checkpoint`) and the held-out means before its first step and lately."""
+    """How far a stage is, and what a resumed one must know of its past: seconds by kind and the held-out means before
+    its first step and lately. `train` is the step loop, its parts beside it; then `log`, `evaluation`, `checkpoint`
+    (what the loop waits for), and `start` and `finish`, which make up the change from one stage to the next."""
 
     step: int = 0
     spent_s: dict[str, float] = field(default_factory=dict)
@@ -127,19 +128,21 @@ def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
 def run_stage(job: Job, stage_index: int) -> None:
     """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on."""
     plan, workers = job.plan, job.workers
-    where = job.run.stage(stage_index)
+    where, started = job.run.stage(stage_index), time.perf_counter()
     chosen = workers.broadcast(_ensure_start(job, stage_index) if workers.rank == 0 else None)
     engine = Engine(build_module(plan, stage_index, load_state(where.base)), plan, stage_index, workers)
     progress = _resume(job, stage_index, engine, chosen)
+    progress.spend("start", time.perf_counter() - started)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
     try:
         _steps(job, stage_index, engine, progress, watcher)
     finally:
         if watcher is not None:
             watcher.close()
+    trained = time.perf_counter()
     job.writer.wait()
     if progress.step == plan.stages[stage_index].steps:
-        _finish(job, stage_index, engine, progress)
+        _finish(job, stage_index, engine, progress, trained)
     engine.close()
     workers.barrier()
 
@@ -271,6 +274,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
         seconds = time.perf_counter() - logged
         for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
             progress.spend(kind, kind_s)
+        logging = time.perf_counter()
         if watcher is not None and means:
             watcher.log(
                 {
@@ -285,6 +289,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
                     "samples_per_s": since_log * stage.batch_size / seconds,
                 }
             )
+        progress.spend("log", time.perf_counter() - logging)
         sums.zero_()
         if must_evaluate:
             progress.evaluation_after = _evaluate(job, stage_index, engine, heldout, progress, watcher)
@@ -380,8 +385,9 @@ def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> Non
     progress.spend("checkpoint", time.perf_counter() - started)
 
 
-def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> None:
-    """Check the stage's promises, write the model folder, then the summary that says DONE."""
+def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, trained: float) -> None:
+    """Check the stage's promises, write the model folder, then the summary that says DONE. `trained` is when the last
+    step was over."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
     state, base = engine.export_state(), load_state(where.base)
     _refuse_moved_weights(job, stage_index, state, base)
@@ -398,6 +404,7 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress) -> N
     }
     model = factory.build(job.plan.model, stage.depth, state)
     save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
+    progress.spend("finish", time.perf_counter() - trained)
     summary = {
         "stage": stage_index + 1,
         "depth": stage.depth,

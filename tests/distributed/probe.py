@@ -183,6 +183,7 @@ def through_engine(case: Case, job: Job, workers: Workers, reduced: list[int]) -
     if case.load is not None:
         load(engine, case.load)
     batches = batches_of(case, job, workers)
+    upcoming = next(batches)
     seen: dict[str, Any] = {"trained": sorted(engine.sizes), "digests": {}}
     for step in range(max(case.write_after) + 1):
         if step in case.write_after:
@@ -193,7 +194,8 @@ def through_engine(case: Case, job: Job, workers: Workers, reduced: list[int]) -
         reduced.clear()
         before = engine.handed_bytes.copy()
         says_stop = case.says_stop == Moment(rank=workers.rank, step=step)
-        engine.train_step(next(batches), step, lr_at(stage, step), says_stop)
+        batch, upcoming = upcoming, next(batches)
+        engine.train_step(batch, step, lr_at(stage, step), says_stop, upcoming)
         saw = {
             "handed": dict(engine.handed_bytes - before),
             "all_reduced": list(reduced),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.engine_exactness import worst_of
+from mslt import train as train_module
 from mslt.config import parse_recipe
 from mslt.cost import stage_cost
 from mslt.data.loader import Batch, Samples
@@ -25,9 +26,9 @@ from mslt.models.compiling import why_no_compiler
 from mslt.models.surgery import State
 from mslt.plan import Plan
 from mslt.schedule import lr_at, make_plan
-from mslt.train import build_module
+from mslt.train import build_module, compilable
 from tests.distributed.oracle import train_plainly
-from tests.distributed.probe import BASE_SHA256, PLAN, Case, Job, Moment, alone, launch, load, told, weights
+from tests.distributed.probe import BASE_SHA256, PLAN, Case, Job, Moment, alone, launch, load, save, told, weights
 
 ZERO_STAGES = [0, 1, 2, 3]
 FROZEN, FULL = 1, 2  # stages of the plan: the upper two of four layers train with the heads, or everything
@@ -478,3 +479,40 @@ def test_compiled_layers_train_alike_and_are_compiled_in_the_first_step_alone(
         torch.testing.assert_close(end["evaluated"][0], eager["evaluated"][0], rtol=1e-3, atol=0)
     for name, tensor in both.items():
         assert torch.equal(again[name], tensor), name
+
+
+def test_a_compiled_stage_goes_on_from_its_checkpoint_bit_for_bit(
+    worker: Workers, shards: Path, tiny_sections: dict[str, Any], tmp_path: Path
+) -> None:
+    if why_no_compiler("cpu") is not None:
+        pytest.skip(f"torch.compile does not work here: {why_no_compiler('cpu')}")
+    plan = plan_of(tiny_sections, "zero0_bf16", compile="all")
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update=dropout)})
+    batches = [batch_of(plan, FROZEN, shards, step) for step in range(4)]
+    undisturbed = engine_of(plan, FROZEN, worker, initial_state(plan))
+    for step in range(2):
+        undisturbed.train_step(batches[step], step, 0.001, upcoming=batches[step + 1])
+    save(undisturbed, tmp_path, 2, worker)
+    resumed = engine_of(plan, FROZEN, worker, initial_state(plan))
+    load(resumed, tmp_path)
+    ends = []
+    for engine in (undisturbed, resumed):
+        for step in (2, 3):
+            engine.train_step(batches[step], step, 0.001)
+        ends.append(engine.export_state())
+        engine.close()
+    for name, tensor in ends[0].items():
+        assert torch.equal(ends[1][name], tensor), name
+
+
+def test_without_a_compiler_on_a_rank_none_compiles_and_says_so(
+    worker: Workers, tiny_sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tiny_sections, "zero0_bf16", compile="all")
+    monkeypatch.setattr(train_module, "why_no_compiler", lambda device_type: None)
+    assert compilable(plan, worker).compile == "all"
+    monkeypatch.setattr(train_module, "why_no_compiler", lambda device_type: f"no compiler for {device_type}")
+    assert compilable(plan, worker).compile == "none"
+    said = "warning: layers are not compiled: torch.compile fails on rank 0 (no compiler for cpu)"
+    assert capsys.readouterr().err.strip() == said

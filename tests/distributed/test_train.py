@@ -71,7 +71,9 @@ def test_summaries_count_what_the_plan_says(finished: RunDir) -> None:
         assert summary["reduced_bytes"] == stage.steps * cost.fp32_gradient_bytes
         assert summary["samples"] == stage.steps * stage.batch_size
         spent = summary["spent_s"]
-        assert {"train", "data", "forward", "backward", "reduce", "optimizer", "evaluation"} <= spent.keys()
+        others = {"start", "log", "evaluation", "checkpoint", "finish"}
+        assert {"train", "data", "forward", "backward", "reduce", "optimizer", *others} <= spent.keys()
+        assert all(spent[kind] > 0 for kind in others)
         parts = sum(spent[part] for part in ("data", "forward", "backward", "reduce", "optimizer"))
         assert 0.5 * spent["train"] < parts <= spent["train"] * 1.01
 
