@@ -57,16 +57,22 @@ def main() -> None:
             holds = holds and this_holds
     small = ["--layers", "4", "--width", "64"]
     base = ["--layers", "12", "--width", "768", "--vocabulary", "30522"]
-    size = [*(small if options.rehearse else base), "--batch", str(batch)]
-    peers = ["vs_peers", *size, "--workers", str(workers), "--dtype", "fp32" if options.rehearse else "bf16"]
+    size = [*(small if options.rehearse else base), "--batch", str(batch // workers)]
+    of_all = [*size[:-1], str(batch), "--workers", str(workers)]
+    dtype = ["--dtype", "fp32" if options.rehearse else "bf16"]
     scaling = ["scaling", str(shards)]
     if options.rehearse:
         scaling += ["--workers", "1", "--batches", "8", "--depths", "2", "--lengths", "64"]
     else:
         scaling += ["--recipe", "bert-base", "--batches", "32", "128", "--depths", "24", "--lengths", "512"]
-    profiles = ["profile_step", *size, "--dtype", peers[-1], "--trace", str(folder / "traces")]
-    overlap = [["overlap", *size, "--workers", str(workers), "--dtype", peers[-1]]] if workers > 1 else []
-    for command in (peers, ["memory", *size], scaling, profiles, *overlap):
+    parts = [
+        ["vs_peers", *of_all, *dtype],
+        ["memory", *size],
+        scaling,
+        ["profile_step", *size, *dtype, "--trace", str(folder / "traces")],
+        *([["overlap", *of_all, *dtype]] if workers > 1 else []),
+    ]
+    for command in parts:
         lines += part(folder, command)
     where = "rehearsal on the CPU" if options.rehearse else hardware()
     head = heading("GPU suite: speed", "bash benchmarks/gpu_suite.sh", provenance(), where)
@@ -80,7 +86,7 @@ def faster(name: str, recipe: Recipe) -> dict[str, Recipe]:
     for title, compile_, precision in (
         ("frozen layers compiled", "frozen", "exact"),
         ("all layers compiled", "all", "exact"),
-        ("frozen layers in int8", "frozen", "int8"),
+        ("frozen layers compiled, in int8", "frozen", "int8"),
     ):
         training = recipe.training.model_copy(update={"compile": compile_})
         schedule = recipe.schedule.model_copy(update={"frozen_precision": precision})

@@ -6,9 +6,10 @@
 A step of full training and one of the third of four growing stages, each in two ways that take turns: as mslt does it
 (gradients travel in buckets while the backward pass runs, and what is frozen begins on the next batch while the last of
 them are under way), and one after the other (all gradients in one bucket after the backward pass, then the frozen part
-of the next step). The same numbers come out. ZeRO-0. On one machine a slow network is a namespace of its own:
+of the next step). ZeRO-0. On one machine a slow network is a namespace of its own:
 
-    ip netns add slow && ip -n slow link set lo up && tc -n slow qdisc add dev lo root netem rate 1gbit
+    ip netns add slow && ip -n slow link set lo up
+    tc -n slow qdisc add dev lo root tbf rate 1gbit burst 1mb latency 1s
     ip netns exec slow env GLOO_SOCKET_IFNAME=lo python -m benchmarks.overlap …
 """
 
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.memory import SCHEDULES, add_size_options, plan_of, size_of
 from benchmarks.record import hardware, heading, shape, table, this_command, write_record
-from benchmarks.vs_peers import FROZEN_STAGE, RATE, made_share, started, synchronize
+from benchmarks.vs_peers import RATE, STEPS, made_share, started, synchronize
 from benchmarks.workers import spawn
 from mslt.data.loader import Batch
 from mslt.engine.ds_config import reduced_bytes
@@ -30,8 +31,6 @@ from mslt.engine.engine import Engine, Workers
 from mslt.plan import Plan
 from mslt.provenance import provenance
 
-STAGES = {"full": 0, "mslt": FROZEN_STAGE}  # schedule → stage index
-TITLES = {"full": "a full step", "mslt": "stage 3 of k=4"}
 OVERLAPPED, IN_TURN = "beside computing", "one after the other"
 ONE_BUCKET = 10**12  # elements
 LINK_BYTES, LINK_TRIES = 2**25, 3
@@ -49,23 +48,23 @@ def main() -> None:
     if options.workers < 2 or options.batch % options.workers:
         parser.error(f"--workers {options.workers}: two at least, among whom the {options.batch} samples are shared")
     size = size_of(options)
-    plans = {name: plan_of(size, SCHEDULES[name], f"zero0_{options.dtype}") for name in STAGES}
+    plans = {title: plan_of(size, SCHEDULES[name], f"zero0_{options.dtype}") for title, (name, _) in STEPS.items()}
     found = spawn(work, options.workers, plans, options)
     rows = []
-    for name, turns in found["turns"].items():
+    for title, turns in found["turns"].items():
         for way, taken in turns.items():
             step_s, waiting_s = ([turn[part] for turn in taken] for part in ("step", "waiting"))
             faster = statistics.median(
                 slow["step"] / own["step"] for slow, own in zip(turns[IN_TURN], taken, strict=True)
             )
             rows.append([
-                TITLES[name], way, f"{found['bytes'][name] / 1e6:.0f}", f"{1000 * statistics.median(step_s):.0f}",
+                title, way, f"{found['bytes'][title] / 1e6:.0f}", f"{1000 * statistics.median(step_s):.0f}",
                 f"{1000 * min(step_s):.0f} to {1000 * max(step_s):.0f}", f"{1000 * statistics.median(waiting_s):.0f}",
                 f"{faster:.2f}",
             ])  # fmt: skip
     columns = ["", "gradients travel", "MB", "a step, ms", "lowest to highest", "of it waiting, ms", "speed"]
     link = f"An all-reduce of {LINK_BYTES / 1e6:.0f} MB goes at {found['link_bytes_per_s'] / 1e6:.0f} MB/s."
-    note = f"{shape(plans['full'], options.workers)} {link} Medians of {options.rounds} rounds."
+    note = f"{shape(next(iter(plans.values())), options.workers)} {link} Medians of {options.rounds} rounds."
     head = heading("Reduction beside computing", this_command(), provenance(), hardware())
     write_record(options.record, [*head, note, "", *table(columns, rows)])
 
@@ -75,19 +74,19 @@ def work(workers: Workers, plans: dict[str, Plan], options: argparse.Namespace) 
     batch = made_share(size_of(options), workers)
     turns: dict[str, dict[str, list[dict[str, float]]]] = {}
     reduced = {}
-    for name, stage_index in STAGES.items():
-        plan = plans[name]
+    for title, (_, stage_index) in STEPS.items():
+        plan = plans[title]
         zero = {**plan.engine["zero_optimization"], "reduce_bucket_size": ONE_BUCKET}
         in_one = plan.model_copy(update={"engine": {**plan.engine, "zero_optimization": zero}})
         engines = {OVERLAPPED: started(plan, stage_index, workers), IN_TURN: started(in_one, stage_index, workers)}
-        turns[name] = {way: [] for way in engines}
+        turns[title] = {way: [] for way in engines}
         for round_ in range(WARMUP_STEPS + options.rounds):
             for way, engine in engines.items():
                 upcoming = batch if way == OVERLAPPED else None
                 found = measured(engine, batch, round_, upcoming, workers)
                 if round_ >= WARMUP_STEPS:
-                    turns[name][way].append(found)
-        reduced[name] = sum(engines[OVERLAPPED].sizes.values()) * reduced_bytes(plan.engine)
+                    turns[title][way].append(found)
+        reduced[title] = sum(engines[OVERLAPPED].sizes.values()) * reduced_bytes(plan.engine)
         for engine in engines.values():
             engine.close()
     return {"turns": turns, "bytes": reduced, "link_bytes_per_s": link_bytes_per_s(workers)}

@@ -5,8 +5,9 @@
                                       [--record FILE]
 
 One worker; a step of full training and one of the third of four growing stages, after three others, under torch's
-profiler. Seconds are the processor's (on CUDA the device's), each operation's own. `--trace` also keeps what Perfetto
-and chrome://tracing show.
+profiler. Times are each operation's own, on the thread that calls it (on CUDA of its kernels); forward, backward and
+the optimizer take turns, so that their sum is about the step. `--trace` also keeps what Perfetto and chrome://tracing
+show.
 """
 
 import argparse
@@ -17,12 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import SCHEDULES, add_size_options, plan_of, size_of
 from benchmarks.record import hardware, heading, shape, table, this_command, write_record
-from benchmarks.vs_peers import FROZEN_STAGE, engine_step, made_share, started, synchronize
+from benchmarks.vs_peers import STEPS, engine_step, made_share, started, synchronize
 from benchmarks.workers import spawn
 from mslt.engine.engine import Workers
 from mslt.provenance import provenance
 
-STEPS = {"a full step": ("full", 0), "stage 3 of k=4": ("mslt", FROZEN_STAGE)}  # schedule, stage index
 WARMUP_STEPS = 3
 
 
@@ -75,6 +75,8 @@ def work(
             profiled.export_chrome_trace(str(options.trace / f"{schedule}-{stage_index + 1}.json"))
         timed = []
         for event in profiled.key_averages():
+            if event.is_user_annotation:  # a span, whose kernels are there too
+                continue
             own_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
             timed.append((event.key, own_us / 1e6, event.count))
         found[title] = sorted(timed, key=lambda operation: -operation[1])

@@ -6,7 +6,8 @@
 
 Contestants share the processes and take turns, round after round, so that whatever else the machine does hits all
 alike. All have the same weights at the start, batch, precision (autocast on fp32 weights; gradients reduced in fp32),
-dropout, clipping at 1.0 and our LAMB, so that what differs is forward, backward and reduction. Peers are
+probability of dropout, clipping at 1.0 and our LAMB, so that what differs is forward, backward and reduction (on a CPU
+mslt's dropout and attention are its own). Peers are
 `BertForPreTraining` with SDPA under DistributedDataParallel, which reduces beside the backward pass: default buckets,
 gradients as views of them, no broadcast of constant buffers, `static_graph` when eager. Before that mslt's loss is
 held against theirs; exit status 1 where they differ by more than 1e-4.
@@ -39,7 +40,6 @@ from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import Lamb
 from mslt.engine.pieces import whole_pieces
 from mslt.models import factory
-from mslt.models.forward import PretrainingLoss
 from mslt.plan import Plan
 from mslt.provenance import provenance
 from mslt.train import build_module
@@ -47,6 +47,7 @@ from mslt.train import build_module
 LARGEST_DIFFERENCE = 1e-4  # nats
 RATE = 1e-4
 FROZEN_STAGE = 2  # index: the third of four growing stages
+STEPS = {"a full step": ("full", 0), "stage 3 of k=4": ("mslt", FROZEN_STAGE)}  # schedule, stage index
 ENGINE, ALL_POSITIONS, MASKED = "mslt, full stage", "Hugging Face + DDP", "the same, head on masked positions"
 COMPILED, MASKED_COMPILED = f"{ALL_POSITIONS}, compiled", "head on masked positions, compiled"
 FROZEN = "mslt, stage 3 of k=4"
@@ -189,7 +190,9 @@ def loss_differences(plan: Plan, batch: Batch, workers: Workers) -> dict[str, fl
     """How far mslt's loss is from each peer's: fp32, dropout off, same weights and batch. The largest of all ranks."""
     model = hugging_face(plan).to(workers.device).eval()
     batch = to_device(batch, workers.device)
-    ours = loss_of(PretrainingLoss(model).eval(), batch)
+    own = build_module(plan, 0, factory.own_state(model))
+    own.autocast = None
+    ours = loss_of(own.to(workers.device).eval(), batch)
     theirs = {ALL_POSITIONS: model(**with_labels_everywhere(batch)), MASKED: MaskedPositions(model).eval()(**batch)}
     found = workers.gather({name: abs(output.loss - ours).item() for name, output in theirs.items()})
     return {name: torch.tensor([by_rank[name] for by_rank in found]).max().item() for name in theirs}  # NaN stays

@@ -60,8 +60,9 @@ class StepCosts:
 
     A layer that trains costs its forward and its backward pass, a frozen one below them only its (cheaper) forward.
     `rest_forward` is what every stage has: embeddings, heads, loss; `heads_backward` too, and `embeddings_backward` on
-    top where they train. Reducing and updating cost something once and something for each trainable parameter. `data`
-    is loading a batch, beside the steps where there are `num_loaders` processes for it.
+    top where they train. Reducing (what of it does not hide behind computing) and updating cost something once and
+    something for each trainable parameter. `data` is loading a batch, beside the steps where there are `num_loaders`
+    processes for it.
     """
 
     layer_forward: float

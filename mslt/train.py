@@ -60,7 +60,8 @@ class Job:
 class Progress:
     """How far a stage is, and what a resumed one must know of its past: seconds by kind and the held-out means before
     its first step and lately. `train` is the step loop, its parts beside it; then `log`, `evaluation`, `checkpoint`
-    (what the loop waits for), and `start` and `finish`, which make up the change from one stage to the next."""
+    (what the loop waits for); `start`, from the last summary or the begin of training to the first batch; and `finish`,
+    from the last step to the summary."""
 
     step: int = 0
     spent_s: dict[str, float] = field(default_factory=dict)
@@ -86,8 +87,9 @@ def train(
         run.diverged.unlink(missing_ok=True)  # it may go on now: more bad batches may be borne
         for line in remarks(plan, workers.size):
             print(f"warning: {line}", file=sys.stderr)
+    free_since = time.perf_counter()
     while (stage_index := workers.broadcast(run.first_unfinished(plan))) is not None:
-        run_stage(job, stage_index)
+        free_since = run_stage(job, stage_index, free_since)
         if any(workers.gather(wants_to_stop())) or zero_stage(plan.engine) == 3:
             break
     job.writer.close()
@@ -125,26 +127,28 @@ def build_module(plan: Plan, stage_index: int, base: State) -> PretrainingLoss:
     )
 
 
-def run_stage(job: Job, stage_index: int) -> None:
-    """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on."""
+def run_stage(job: Job, stage_index: int, free_since: float) -> float:
+    """Start, growth and resume alike: read the base, build, freeze, initialise, load what there is, go on. What came
+    before was over at `free_since`; returns when this was."""
     plan, workers = job.plan, job.workers
-    where, started = job.run.stage(stage_index), time.perf_counter()
+    where = job.run.stage(stage_index)
     chosen = workers.broadcast(_ensure_start(job, stage_index) if workers.rank == 0 else None)
     engine = Engine(build_module(plan, stage_index, load_state(where.base)), plan, stage_index, workers)
     progress = _resume(job, stage_index, engine, chosen)
-    progress.spend("start", time.perf_counter() - started)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
     try:
-        _steps(job, stage_index, engine, progress, watcher)
+        _steps(job, stage_index, engine, progress, watcher, free_since)
     finally:
         if watcher is not None:
             watcher.close()
-    trained = time.perf_counter()
+    loop_ended = time.perf_counter()
     job.writer.wait()
     if progress.step == plan.stages[stage_index].steps:
-        _finish(job, stage_index, engine, progress, trained)
+        _finish(job, stage_index, engine, progress, loop_ended)
+    finished = time.perf_counter()
     engine.close()
     workers.barrier()
+    return finished
 
 
 def _ensure_start(job: Job, stage_index: int) -> checkpoint.Checkpoint | None:
@@ -242,15 +246,18 @@ def _resume(job: Job, stage_index: int, engine: Engine, chosen: checkpoint.Check
     return Progress(**chosen.manifest["progress"])
 
 
-def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watcher: Watch | None) -> None:
+def _steps(
+    job: Job, stage_index: int, engine: Engine, progress: Progress, watcher: Watch | None, free_since: float
+) -> None:
     """The step loop, from `progress` to the end of the stage, or to where a rank wants to stop."""
     stage, workers, watch = job.plan.stages[stage_index], job.workers, job.watch
     run_steps, run_s = job.plan.first_step(stage_index), _seconds_before(job, stage_index)
     samples = Samples(job.training, job.plan.data, stage.sequence_length, stage.seed)
     heldout = Samples(job.heldout, job.plan.data, stage.sequence_length, EVALUATION_SEED)
+    batches = training_batches(samples, stage, workers.rank, workers.size, progress.step, watch.loader_workers)
+    progress.spend("start", time.perf_counter() - free_since)
     if progress.step == 0:
         progress.evaluation_before = _evaluate(job, stage_index, engine, heldout, progress, watcher)
-    batches = training_batches(samples, stage, workers.rank, workers.size, progress.step, watch.loader_workers)
     sums, since_log, logged = torch.zeros(len(SUMS), device=workers.device), 0, time.perf_counter()
     at_end = must_stop = False
     upcoming = _next_batch(engine, batches)
@@ -274,7 +281,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
         seconds = time.perf_counter() - logged
         for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
             progress.spend(kind, kind_s)
-        logging = time.perf_counter()
+        log_began = time.perf_counter()
         if watcher is not None and means:
             watcher.log(
                 {
@@ -289,7 +296,7 @@ def _steps(job: Job, stage_index: int, engine: Engine, progress: Progress, watch
                     "samples_per_s": since_log * stage.batch_size / seconds,
                 }
             )
-        progress.spend("log", time.perf_counter() - logging)
+        progress.spend("log", time.perf_counter() - log_began)
         sums.zero_()
         if must_evaluate:
             progress.evaluation_after = _evaluate(job, stage_index, engine, heldout, progress, watcher)
@@ -369,10 +376,12 @@ def _evaluate(
     for batch in evaluation_batches(heldout, engine.micro_batch_size, job.workers.rank, job.workers.size):
         sums += engine.evaluate_step(batch)
     means = _means(job.workers.sum(sums))
-    progress.spend("evaluation", time.perf_counter() - started)
+    evaluated = time.perf_counter()
     if watcher is not None:
         run_step = job.plan.first_step(stage_index) + progress.step
         watcher.log({"kind": "evaluation", "stage": stage_index + 1, "step": run_step, **means})
+    progress.spend("evaluation", evaluated - started)
+    progress.spend("log", time.perf_counter() - evaluated)
     return means
 
 
@@ -385,9 +394,8 @@ def _save(job: Job, stage_index: int, engine: Engine, progress: Progress) -> Non
     progress.spend("checkpoint", time.perf_counter() - started)
 
 
-def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, trained: float) -> None:
-    """Check the stage's promises, write the model folder, then the summary that says DONE. `trained` is when the last
-    step was over."""
+def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, loop_ended: float) -> None:
+    """Check the stage's promises, write the model folder, then the summary that says DONE."""
     stage, where = job.plan.stages[stage_index], job.run.stage(stage_index)
     state, base = engine.export_state(), load_state(where.base)
     _refuse_moved_weights(job, stage_index, state, base)
@@ -404,7 +412,7 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, trai
     }
     model = factory.build(job.plan.model, stage.depth, state)
     save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
-    progress.spend("finish", time.perf_counter() - trained)
+    progress.spend("finish", time.perf_counter() - loop_ended)
     summary = {
         "stage": stage_index + 1,
         "depth": stage.depth,

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from mslt.config import ModelConfig
 from mslt.errors import MsltError
@@ -26,8 +27,9 @@ def initial_state(model: ModelConfig, depth: int, seed: int) -> State:
 
 def build(model: ModelConfig, depth: int, state: State) -> PreTrainedModel:
     """A pretraining model of `depth` layers holding a copy of `state`, whose names must be exactly its parameters'."""
-    with torch.random.fork_rng(devices=[]):
+    with no_init_weights():  # a second for BERT-Base, at every change of stage twice
         built = families.pretraining_model(families.hf_config(model, depth))
+    built.tie_weights()
     fill(built, state)
     return built
 

@@ -13,7 +13,7 @@ from mslt.data.loader import Batch, Samples
 from mslt.data.shards import open_shards
 from mslt.engine.optimizer import Lamb
 from mslt.engine.pieces import whole_pieces
-from mslt.models import factory, families
+from mslt.models import dropout, factory, families
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import freeze
 from mslt.models.layer_stack import iter_hidden
@@ -37,6 +37,7 @@ def stage_module(plan: Plan, trainable: tuple[str, ...], still: tuple[str, ...] 
     """The grown model of stage 2 with these slots trainable, in training mode."""
     depth = plan.stages[1].depth
     model = factory.build(plan.model, depth, grown_state(plan))
+    dropout.install(model)
     freeze(model, trainable)
     return PretrainingLoss(model, lowest_graph_layer(trainable, depth), still).train()
 

@@ -15,7 +15,7 @@ from benchmarks.memory import (
     plan_of,
     saved_bytes,
 )
-from mslt.models import factory
+from mslt.models import dropout, factory
 from mslt.models.forward import PretrainingLoss
 from mslt.models.freezing import freeze
 from mslt.plan import Plan
@@ -47,6 +47,7 @@ def test_a_graph_through_frozen_layers_would_be_seen(growing: Plan, full_bytes: 
     """What the tied embeddings would cost if they trained in stage 4: the gradient then passes every layer."""
     stage = growing.stages[TOP_QUARTER]
     model = factory.build(growing.model, stage.depth, factory.initial_state(growing.model, stage.depth, seed=0))
+    dropout.install(model)
     freeze(model, (*stage.trainable, "embeddings"))
     module, batch = PretrainingLoss(model).train(), made_batch(growing, stage)
     assert bytes_for_backward(lambda: loss_of(module, batch), module.parameters()) > 2 * LARGEST_SHARE * full_bytes

@@ -15,8 +15,8 @@ def test_each_place_is_dropped_with_the_same_probability(p: float) -> None:
     print("seed", SEED)
     torch.manual_seed(SEED)
     num_draws = 4000
-    masks = torch.stack([dropout.dropout_mask(torch.empty(3, 7), p) for _ in range(num_draws)]).flatten(1)
-    assert set(masks.unique().tolist()) == {0.0, torch.tensor(1 / (1 - round(p * 2**16) / 2**16)).item()}
+    masks = torch.stack([dropout.keep_mask(torch.empty(3, 7), p) for _ in range(num_draws)]).flatten(1)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
     share = (masks == 0).double().mean(0)
     deviation = (p * (1 - p) / num_draws) ** 0.5
     assert (share - p).abs().max() < 5 * deviation, share  # 21 places, four of which share a draw
@@ -25,11 +25,26 @@ def test_each_place_is_dropped_with_the_same_probability(p: float) -> None:
 
 
 def test_a_probability_is_taken_to_a_65536th_and_the_expectation_stays() -> None:
-    mask = dropout.dropout_mask(torch.empty(1000, dtype=torch.float64), 1e-6)
-    assert mask.eq(1).all()
+    x = torch.ones(2_000_000, dtype=torch.float64)
+    assert dropout.Dropout(1e-6)(x).eq(1).all()
+    assert set(dropout.Dropout(1 - 1e-6)(x).unique().tolist()) == {0.0, 65536.0}
     torch.manual_seed(SEED)
-    mask = dropout.dropout_mask(torch.empty(2_000_000, dtype=torch.float64), 0.1)
-    assert mask.mean().item() == pytest.approx(1, abs=5 * (0.1 / 0.9 / 2e6) ** 0.5)
+    deviation = (0.1 / 0.9 / len(x)) ** 0.5
+    assert dropout.Dropout(0.1)(x).mean().item() == pytest.approx(1, abs=5 * deviation)
+    plain = nn.functional.dropout(torch.ones(1000).bfloat16(), 0.1).max()
+    assert dropout.Dropout(0.1)(torch.ones(1000).bfloat16()).max() == plain, "the same rounding"
+
+
+def test_attention_keeps_its_expectation_in_bf16() -> None:
+    """The scale of dropout, 1.1111, is 1.1094 in bf16: attention must not take that."""
+    torch.manual_seed(SEED)
+    query, key = (torch.randn(32, 8, 64, 16).bfloat16() for _ in range(2))
+    value, mask = torch.rand(32, 8, 64, 16).bfloat16(), torch.ones(32, 1, 64, 64, dtype=torch.bool)
+    means = [
+        dropout.attention(nn.Module(), query, key, value, mask, dropout=p, scaling=0.25)[0].double().mean().item()
+        for p in (0.0, 0.1)
+    ]
+    assert means[1] == pytest.approx(means[0], rel=7e-4)
 
 
 def test_the_gradient_passes_where_the_value_did() -> None:
@@ -72,7 +87,8 @@ def test_a_model_with_it_is_the_same_but_for_the_masks() -> None:
     )
     state = factory.initial_state(config, 2, seed=0)
     plain, ours = factory.build(config, 2, state), factory.build(config, 2, state)
-    dropout.install(ours)
+    dropout.install(ours.eval())
+    assert not any(module.training for module in ours.modules())
     assert not [module for module in ours.modules() if type(module) is nn.Dropout]
     assert len([module for module in ours.modules() if isinstance(module, dropout.Dropout)]) == len(
         [module for module in plain.modules() if isinstance(module, nn.Dropout)]
@@ -96,10 +112,16 @@ def test_compiled_layers_draw_the_same_masks() -> None:
     if why_not is not None:
         pytest.skip(f"torch.compile does not work here: {why_not}")
     layer = nn.Sequential(nn.Linear(8, 8), dropout.Dropout(0.5), nn.Linear(8, 8), dropout.Dropout(0.5)).train()
-    x = torch.randn(16, 8)
-    torch.manual_seed(SEED)
-    eager = layer(x)
+    x = torch.randn(16, 8, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(SEED)
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    eager = run()
     layer.compile(dynamic=False)
     for _ in range(2):
-        torch.manual_seed(SEED)
-        torch.testing.assert_close(layer(x), eager, rtol=1e-5, atol=1e-6)
+        for found, expected in zip(run(), eager, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

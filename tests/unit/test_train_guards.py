@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,7 +81,7 @@ class Begun:
 
 def begin(folder: Path, sections: dict[str, Any], shards: Path) -> Begun:
     with alone() as worker, job_in(folder, sections, shards, worker) as job:
-        training.run_stage(job, 0)
+        training.run_stage(job, 0, time.perf_counter())
         assert job.run.first_unfinished(job.plan) == 1
     return Begun(folder, sections)
 
@@ -174,7 +175,7 @@ def test_carried_state_goes_on_with_each_copy_and_what_was_frozen_starts_at_0(ca
     assert all(tensor.any() for name, tensor in taken["exp_avg"].items() if "key.bias" not in name)
     assert steps_of_fresh_engine(job, 1, chosen) == dict.fromkeys(names, STEPS)
 
-    training.run_stage(job, 1)
+    training.run_stage(job, 1, time.perf_counter())
     chosen = training._ensure_start(job, 2)
     assert chosen is not None
     taken, before = held(chosen), held(newest(job, 1))
@@ -189,7 +190,7 @@ def test_carried_state_goes_on_with_each_copy_and_what_was_frozen_starts_at_0(ca
     steps = steps_of_fresh_engine(job, 2, chosen)
     assert steps == {name: 2 * STEPS if name in names else 0 for name in everything}
 
-    training.run_stage(job, 2)
+    training.run_stage(job, 2, time.perf_counter())
     end = held(newest(job, 2))["step"]
     assert end == {name: 3 * STEPS if name in names else STEPS for name in everything}
 
@@ -226,7 +227,7 @@ def test_a_lost_parent_is_refused_with_carry_and_the_remedy_named_gives_the_same
     whole = held(newest(job, 0))
     shutil.rmtree(parent.checkpoints / f"step-{STEPS:08d}")
     with pytest.raises(MsltError) as refused:
-        training.run_stage(job, 1)
+        training.run_stage(job, 1, time.perf_counter())
     assert "stage 2 carries the optimizer's state of the stage before, and that is lost" in str(refused.value)
     assert f"{parent.checkpoints}: holds no checkpoint of its last step" in str(refused.value)
     assert f"delete {parent.summary} and {child.path}" in str(refused.value)
@@ -234,7 +235,7 @@ def test_a_lost_parent_is_refused_with_carry_and_the_remedy_named_gives_the_same
     parent.summary.unlink()
     shutil.rmtree(child.path)
     assert job.run.first_unfinished(job.plan) == 0
-    training.run_stage(job, 0)
+    training.run_stage(job, 0, time.perf_counter())
     assert f"resuming stage 1 at step {STEPS - 1}" in capsys.readouterr().err
     for kind, tensors in held(newest(job, 0)).items():
         assert all(torch.equal(tensor, whole[kind][name]) for name, tensor in tensors.items())
@@ -326,7 +327,7 @@ def test_a_base_whose_bytes_changed_is_refused_and_made_anew_when_deleted(
     content = where.base.read_bytes()
     where.base.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(MsltError, match=r"base\.safetensors: does not have the sha256 in base\.json; delete both"):
-        training.run_stage(job, stage_index)
+        training.run_stage(job, stage_index, time.perf_counter())
     where.base.unlink()
     where.base_description.unlink()
     training._ensure_start(job, stage_index)
