@@ -66,7 +66,8 @@ def attention(
     """Softmax attention as transformers calls it, [B, T, H, E] and no weights. `attention_mask` is True where a token
     may look, [B, 1, T, T]. Torch's wherever it is fast, or something else is asked for."""
     tensors = query_BHTE, key_BHTE, value_BHTE
-    if not dropout or query_BHTE.device.type != "cpu" or attention_mask is None or others:
+    asks_for_more = any(value is not None for value in others.values())
+    if not dropout or query_BHTE.device.type != "cpu" or attention_mask is None or asks_for_more:
         return sdpa_attention_forward(module, *tensors, attention_mask, dropout=dropout, scaling=scaling, **others)
     scores_BHTT = query_BHTE * scaling @ key_BHTE.transpose(2, 3)
     bias = torch.where(attention_mask, 0.0, torch.finfo(scores_BHTT.dtype).min).to(scores_BHTT.dtype)

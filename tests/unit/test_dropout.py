@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from mslt.config import ModelConfig
 from mslt.models import compiling, dropout, factory
+from mslt.models.layer_stack import iter_hidden
 
 SEED = 7
 
@@ -105,6 +107,21 @@ def test_a_model_with_it_is_the_same_but_for_the_masks() -> None:
     assert not first.equal(found.prediction_logits)
     own = ours.state_dict()
     assert own.keys() == plain.state_dict().keys()
+
+
+def test_training_draws_no_mask_of_torchs() -> None:
+    """One for the embeddings and three for each layer; attention has not fallen back to torch's."""
+    config = ModelConfig(
+        family="bert", vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = factory.build(config, 2, factory.initial_state(config, 2, seed=0))
+    dropout.install(model)
+    ids = torch.arange(40).view(2, 20)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        list(iter_hidden(model.train(), ids, torch.zeros_like(ids), torch.ones_like(ids)))
+    calls = {event.key: event.count for event in profiled.key_averages()}
+    assert calls["mslt::keep_mask"] == 1 + 3 * 2
+    assert not [name for name in calls if "bernoulli" in name or "scaled_dot_product" in name]
 
 
 def test_compiled_layers_draw_the_same_masks() -> None:
