@@ -40,6 +40,7 @@ from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import Lamb
 from mslt.engine.pieces import whole_pieces
 from mslt.models import factory
+from mslt.models.compiling import why_no_compiler
 from mslt.plan import Plan
 from mslt.provenance import provenance
 from mslt.train import build_module
@@ -200,12 +201,8 @@ def loss_differences(plan: Plan, batch: Batch, workers: Workers) -> dict[str, fl
 
 def no_compiler(workers: Workers) -> str | None:
     """Why torch.compile does not work here, None where it does; the same on all ranks."""
-    why = None
-    try:
-        torch.compile(lambda x: (x + 1).relu().sum())(torch.ones(64, device=workers.device))
-    except RuntimeError as error:  # of all that Dynamo and Inductor raise
-        why = f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
-    return next((reason for reason in workers.gather(why) if reason is not None), None)
+    reasons = workers.gather(why_no_compiler(workers.device.type))
+    return next((f"torch.compile does not work here: {why}" for why in reasons if why is not None), None)
 
 
 def started(plan: Plan, stage_index: int, workers: Workers) -> Engine:

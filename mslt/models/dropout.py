@@ -8,7 +8,7 @@ B batch, H heads, T tokens, E width of a head.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -18,9 +18,7 @@ _STEPS = 2**16  # a probability is one of so many parts
 
 
 # Compiled code calls it, too, and so draws the same: once for each `like`, in the order in which they come to be.
-@torch.library.custom_op(
-    "mslt::keep_mask", mutates_args=(), device_types="cpu", tags=(torch.Tag.nondeterministic_seeded,)
-)
+@library.custom_op("mslt::keep_mask", mutates_args=(), device_types="cpu", tags=(torch.Tag.nondeterministic_seeded,))
 def keep_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     """0 with probability `p`, taken to 1/65536, else 1, of the shape and type of `like`. From torch's generator."""
     num_elements = like.numel()
