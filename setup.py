@@ -40,6 +40,7 @@ setup(
             "hypothesis>=6",
             "mypy>=1.14",
             "pytest>=8",
+            "pytest-xdist>=3",
             "ruff>=0.9",
             "types-PyYAML",
             "types-psutil",

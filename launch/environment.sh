@@ -23,4 +23,5 @@ if [ ! -e "$installed" ]; then
   .venv/bin/python -m pip install --quiet --editable ".$extra"
   touch "$installed"
 fi
+# shellcheck source=/dev/null
 . .venv/bin/activate

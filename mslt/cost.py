@@ -51,6 +51,14 @@ def stage_cost(model: ModelConfig, stage: Stage) -> StageCost:
     return StageCost(total, trainable, 4 * trainable, 2 * trainable)
 
 
+def run_bytes(plan: Plan, kept_checkpoints: int) -> int:
+    """What the weights of a run directory take in the end, and one more checkpoint, which is written before an old one
+    goes. All in fp32: of each stage its base, its model and checkpoints of weight and two moments of what trains."""
+    costs = [stage_cost(plan.model, stage) for stage in plan.stages]
+    checkpoints = [3 * 4 * cost.trainable_parameters for cost in costs]
+    return sum(2 * 4 * cost.total_parameters for cost in costs) + kept_checkpoints * sum(checkpoints) + max(checkpoints)
+
+
 PARTS = ("forward", "backward", "reduce", "optimizer", "data")
 
 

@@ -10,12 +10,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mslt.errors import MsltError
+
+SEEN_S = 90  # NFS keeps what it knows of a folder for up to 60 s
+
+
+def wait_until_seen(is_there: Callable[[], bool]) -> None:
+    """Wait for what another machine has written: network file systems look again only after a while. Returns after
+    SEEN_S all the same."""
+    deadline = time.monotonic() + SEEN_S
+    while not is_there() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def sha256_text(text: str) -> str:

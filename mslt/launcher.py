@@ -1,18 +1,20 @@
 """Starting DeepSpeed's launcher on this machine, and ending it: none of its processes outlives the call.
 
-A run is judged by its DONE markers, not by the launcher's exit status, which can be 0 with dead or orphaned ranks.
+It is the one that starts the ranks of a machine, deepspeed.launcher.launch. The `deepspeed` command above it adds what
+is done elsewhere here (mslt.nodes, mslt.meeting), and hides from it that the ranks are orphaned: it ends with status 0.
 """
 
+import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -23,13 +25,17 @@ import torch
 
 from mslt.cost import for_timing
 from mslt.engine.ds_config import zero_stage
-from mslt.errors import MsltError
+from mslt.errors import Left, MsltError
+from mslt.nodes import Place, alone
+from mslt.orphans import LAUNCHED, end_with
 from mslt.plan import Plan, with_micro_batches
 
 GRACE_S = 10  # between asking the group to end and ending it
-LEAVE_S = 300  # between asking the workers to save and leave, and ending the group
+LEAVE_S = 240  # between asking the workers to save and leave, and ending the group
 SAVE_AND_LEAVE = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns with the second, and ends a job with the first
 LEAVE = (signal.SIGINT, signal.SIGHUP)
+ELSEWHERE = 126  # the status where workers of another host have ended first
+SIGNALLED = 128  # and the signal's number: the status of a launcher that was ended by one
 
 
 def num_workers_here(asked: int | None) -> int:
@@ -40,31 +46,39 @@ def num_workers_here(asked: int | None) -> int:
     return asked or max(gpus, 1)
 
 
-def launch(arguments: list[str], num_workers: int) -> int:
-    """Start the workers (mslt.cli.worker with `arguments`) on this machine through DeepSpeed's launcher, wait, and
-    return its exit status.
+def launch(
+    arguments: list[str], place: Place, leave: Path | None = None, ended: Callable[[], bool] = lambda: False
+) -> int:
+    """Start this machine's workers (mslt.cli.worker with `arguments`) through DeepSpeed's launcher, wait, and return
+    its exit status. They find those of other hosts on the first.
 
-    At a signal of SAVE_AND_LEAVE the ranks alone are told, by SIGUSR1, and have LEAVE_S to go: on SIGTERM DeepSpeed's
-    own processes end them, and torch's loader processes end themselves. The same one again, and those of LEAVE, go to
-    the whole process group. The first signal is the status then, negative.
+    At a signal of SAVE_AND_LEAVE, or when the file `leave` appears, the ranks alone are told, by SIGUSR1, and have
+    LEAVE_S to go: on SIGTERM DeepSpeed's launcher ends them, and torch's loader processes end themselves. The same
+    signal again, and those of LEAVE, go to the whole process group. The first signal is the status then, negative.
+    Where workers of another host have `ended`, these get GRACE_S, too.
     """
-    environment = dict(os.environ)
-    where = ["--num_gpus", str(num_workers)]
+    environment = {**os.environ, LAUNCHED: "1"}
+    devices = {name: [str(index) for index in range(place.slots)] for name in place.names}
     if torch.cuda.is_available():
-        where = ["--include", f"localhost:{','.join(_visible_gpus(environment)[:num_workers])}"]
+        devices[place.names[place.node_rank]] = _visible_gpus(environment)[: place.slots]
     elif not torch.accelerator.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_workers, 1)))
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // place.slots, 1)))
+    if len(devices[place.names[place.node_rank]]) != place.slots:
+        raise MsltError(f"this machine shows fewer GPUs than the {place.slots} workers it is to have; see nvidia-smi")
+    if (interface := place.interface) is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull, *where),
-        *("--master_addr", "127.0.0.1", "--master_port", str(_free_port())),
+        *(sys.executable, "-m", "deepspeed.launcher.launch", "--log_level", "error"),
+        *("--world_info", base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()),
+        *("--node_rank", str(place.node_rank), "--master_addr", place.names[0], "--master_port", str(place.port)),
         *("--no_local_rank", "--module", "mslt.cli.worker"),
         *arguments,
     ]
     received: list[int] = []
     group: list[int] = []
 
-    def stop(signal_number: int, _: FrameType | None) -> None:
+    def stop(signal_number: int, _: FrameType | None = None) -> None:
         received.append(signal_number)
         for leader in group:
             is_first = signal_number in SAVE_AND_LEAVE and received.count(signal_number) == 1
@@ -72,32 +86,40 @@ def launch(arguments: list[str], num_workers: int) -> int:
             for rank in ranks:
                 with suppress(psutil.Error):
                     rank.send_signal(signal.SIGUSR1)
-            if not ranks:
+            if not ranks:  # DeepSpeed's launcher, which has none yet, heeds no SIGUSR1
                 with suppress(ProcessLookupError):
-                    os.killpg(leader, signal_number)
+                    os.killpg(leader, signal.SIGTERM if is_first else signal_number)
 
     previous = {number: signal.signal(number, stop) for number in (*SAVE_AND_LEAVE, *LEAVE)}
     try:
         process = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=_ignore_what_is_for_the_ranks
+            command, env=environment, start_new_session=True, preexec_fn=partial(_before_the_launcher, os.getpid())
         )
         group.append(process.pid)
         if received:
-            stop(received[0], None)
+            stop(received[0])
         status = None
         while status is None and not received:
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(timeout=1)
+            if leave is not None and leave.exists():
+                stop(signal.SIGTERM)
+            elif status is None and ended():
+                with suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=GRACE_S)
+                status = status or ELSEWHERE
         deadline = time.monotonic() + LEAVE_S
         while received and _group_lives(process.pid) and time.monotonic() < deadline:
             process.poll()  # a child that is not waited for keeps its group alive
             time.sleep(0.1)
-        return -received[0] if received else int(status or 0)
+        if received:
+            return -received[0]
+        return SIGNALLED - status if status is not None and status < 0 else int(status or 0)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for leader in group:
             _end_group(leader)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def time_stages_here(plan: Plan, shards: Path, num_workers: int) -> list[dict[str, list[float]]]:
@@ -124,7 +146,9 @@ def _measured(option: str, plan: Plan, shards: Path, num_workers: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         plan_file, out = Path(folder) / "plan.json", Path(folder) / "timed.json"
         plan_file.write_text(plan.model_dump_json())
-        status = launch([option, str(plan_file), str(out), "--shards", str(shards)], num_workers)
+        status = launch([option, str(plan_file), str(out), "--shards", str(shards)], alone(num_workers))
+        if -status in SAVE_AND_LEAVE:
+            raise Left("timing steps: left at a signal; the same command times them again")
         if status < 0:
             raise MsltError("timing steps: left at a signal; the same command times them again")
         if status != 0 or not out.exists():
@@ -197,18 +221,17 @@ def _visible_gpus(environment: dict[str, str]) -> list[str]:
 
 
 def _ranks(leader: int) -> list[psutil.Process]:
-    """The runner's child is DeepSpeed's launcher of this machine, whose children are the ranks; theirs load data."""
-    ranks = []
+    """The children of DeepSpeed's launcher; theirs load data."""
     with suppress(psutil.Error):
-        for launcher in psutil.Process(leader).children():
-            with suppress(psutil.Error):
-                ranks += launcher.children()
-    return ranks
+        return psutil.Process(leader).children()
+    return []
 
 
-def _ignore_what_is_for_the_ranks() -> None:
-    """Inherited by DeepSpeed's processes, which have no handler for it; the ranks set their own."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def _before_the_launcher(parent: int) -> None:
+    """It does not outlive this process, which nothing would end then; and it inherits that SIGUSR1, which is for the
+    ranks, is blocked: they are given it when they have a handler."""
+    end_with(parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def _end_group(leader: int) -> None:
@@ -230,9 +253,3 @@ def _group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

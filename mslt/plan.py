@@ -142,6 +142,10 @@ class Plan(Frozen):
         free: Any = {"data": {"shards"}, "skip_bad_batches": True, "compile": True, "stages": stages}
         return self.model_dump(mode="json", exclude=free)
 
+    def can_be_shared_by(self, world_size: int) -> bool:
+        """Whether every batch can be dealt out to so many workers."""
+        return all(stage.batch_size % world_size == 0 for stage in self.stages)
+
     def digest(self) -> str:
         return sha256_text(canonical_json(self.deciding()))
 

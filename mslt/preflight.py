@@ -3,6 +3,7 @@
 The parent process and every worker open a recipe the same way.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ def open_recipe(
     raised without it.
     """
     checked = check_recipe(name_or_path, shards, num_workers)
-    run_path = run_dir or Path("runs") / Path(name_or_path).stem
+    path = run_path(name_or_path, run_dir)
     recipe_text = yaml.safe_dump(checked.recipe.model_dump(mode="json"), sort_keys=False)
-    plan, is_new = checked.plan, not RunDir(run_path).plan.exists()
+    plan, is_new = checked.plan, not RunDir(path).plan.exists()
     if checked.recipe.training.micro_batch_size == "auto" and is_new:
         if measure is None:
             raise MsltError(
@@ -71,10 +72,26 @@ def open_recipe(
                 "start the run with that, or write a number"
             )
         plan = measure(plan, checked.shards, num_workers)
-    run = open_run(run_path, plan, recipe_text, provenance())
+    run = open_run(path, plan, recipe_text, provenance())
     if checked.recipe.training.micro_batch_size == "auto":
         plan = with_micro_batches(plan, (stage.micro_batch_size for stage in read_plan(run).stages))
     return Opened(checked.recipe, plan, checked.shards, run)
+
+
+def run_path(name_or_path: str, run_dir: Path | None) -> Path:
+    """The run directory: by default runs/NAME."""
+    return run_dir or Path("runs") / Path(name_or_path).stem
+
+
+def wait_for_run(name_or_path: str, run_dir: Path | None, minutes: float) -> None:
+    """Wait until another machine has made the run directory. MsltError where it does not appear."""
+    plan, deadline = RunDir(run_path(name_or_path, run_dir)).plan, time.monotonic() + 60 * minutes
+    while not plan.exists():
+        if time.monotonic() > deadline:
+            raise MsltError(
+                f"{plan}: not there after {minutes:g} minutes; the first host makes it, in a folder that all share"
+            )
+        time.sleep(0.5)
 
 
 def _check_shards(recipe: Recipe, folder: Path, manifest: Manifest) -> None:

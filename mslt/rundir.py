@@ -4,6 +4,9 @@ run/
   recipe.yaml  plan.json  provenance.json    written once
   metrics.jsonl  tensorboard/
   diverged.json                              only where training could not go on: when, and why
+  left.json                                  only where the workers were told to leave, and saved
+  leave                                      made by whoever wants that: `touch` does
+  logs/rank-00003.log                        what the rank said; *.failed.json: why it ended, the last time
   stage-1/ …
     base.safetensors  base.json              what the stage starts from
     checkpoints/step-00001200/ …             inside the stage, each committed by its manifest
@@ -24,8 +27,10 @@ from mslt.errors import MsltError
 from mslt.files import lock_alone, write_json, write_text
 from mslt.plan import Plan, difference
 
+KEPT = 2  # checkpoints of a stage
 # What a run killed while it was being made can have left.
 _BEFORE_THE_PLAN = ("recipe.yaml", ".recipe.yaml.tmp", "provenance.json", ".provenance.json.tmp", ".plan.json.tmp")
+DOCTORS = ".mslt-doctor-"  # how its files begin, which try whether the directory can be written
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,27 @@ class RunDir:
         return self.path / "diverged.json"
 
     @property
+    def left(self) -> Path:
+        return self.path / "left.json"
+
+    @property
+    def leave(self) -> Path:
+        return self.path / "leave"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    def was_left(self, port: int) -> bool:
+        """Whether the workers that met at this port were told to leave, and saved."""
+        try:
+            return bool(json.loads(self.left.read_text())["port"] == port)
+        except (OSError, ValueError, KeyError):
+            return False
 
     def stage(self, stage_index: int) -> StageDir:
         """The directory of the stage; directories count from 1."""
@@ -85,10 +109,10 @@ class RunDir:
         return next((i for i in range(len(plan.stages)) if not self.stage(i).is_done()), None)
 
 
-def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any]) -> RunDir:
-    """Start a run directory, or go on with one of the same plan.
+def holds_run(path: Path, plan: Plan) -> bool:
+    """Whether the directory holds a run of this plan already.
 
-    MsltError when the directory holds another plan (the message lists what differs) or something that is no run.
+    MsltError when it holds one of another plan (the message lists what differs) or something that is no run.
     """
     run = RunDir(path)
     if run.plan.exists():
@@ -99,14 +123,34 @@ def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any
                 f"{path}: holds a run of another plan:\n{listed}\n"
                 "Take another --run-dir, or the recipe it was made with."
             )
-        return run
-    if path.exists() and (not path.is_dir() or any(entry.name not in _BEFORE_THE_PLAN for entry in path.iterdir())):
+        return True
+    if path.exists() and (not path.is_dir() or any(not _may_be_left(entry.name) for entry in path.iterdir())):
         raise MsltError(f"{path}: is neither empty nor a run directory (it has no plan.json); take another --run-dir")
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(path / "recipe.yaml", recipe_text)
-    write_json(path / "provenance.json", provenance)
-    write_json(run.plan, plan.model_dump(mode="json"))  # last: it makes the directory a run
+    return False
+
+
+def _may_be_left(name: str) -> bool:
+    return name in _BEFORE_THE_PLAN or name.startswith(DOCTORS)
+
+
+def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any]) -> RunDir:
+    """Start a run directory, or go on with one of the same plan; MsltError as from `holds_run`."""
+    run = RunDir(path)
+    if not holds_run(path, plan):
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "recipe.yaml", recipe_text)
+        write_json(path / "provenance.json", provenance)
+        write_json(run.plan, plan.model_dump(mode="json"))  # last: it makes the directory a run
     return run
+
+
+def how_far(run: RunDir, plan: Plan) -> tuple[int, str]:
+    """Grows with every stage and every checkpoint, whose folders are named by their step."""
+    stage_index = run.first_unfinished(plan)
+    if stage_index is None:
+        return len(plan.stages), ""
+    checkpoints = run.stage(stage_index).checkpoints
+    return stage_index, max((path.parent.name for path in checkpoints.glob("*/manifest.json")), default="")
 
 
 @contextmanager

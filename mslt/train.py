@@ -6,7 +6,6 @@ stage base → fresh module → freeze → engine → (newest checkpoint) → st
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,8 @@ from mslt.engine.ds_config import autocast_dtype, remarks, zero_stage
 from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
-from mslt.files import sha256_file, write_json
+from mslt.files import sha256_file, wait_until_seen, write_json
+from mslt.logs import LOG
 from mslt.models import dropout, factory
 from mslt.models.checkpoint import load_state, save_base, save_model_folder
 from mslt.models.compiling import why_no_compiler
@@ -44,7 +44,8 @@ EXPLODED = 2.0  # times the loss of a model that knows nothing
 
 @dataclass(frozen=True)
 class Job:
-    """All that a stage needs to know besides its number. `wants_to_stop` says whether this rank was told to leave."""
+    """All that a stage needs to know besides its number. `wants_to_stop` says whether this rank was told to leave; `at`
+    is told what it begins."""
 
     plan: Plan
     run: RunDir
@@ -54,6 +55,7 @@ class Job:
     workers: Workers
     writer: checkpoint.Writer
     wants_to_stop: Callable[[], bool]
+    at: Callable[[str], None] = lambda doing: None
 
 
 @dataclass
@@ -73,26 +75,34 @@ class Progress:
 
 
 def train(
-    plan: Plan, run: RunDir, shards: Path, watch: WatchConfig, workers: Workers, wants_to_stop: Callable[[], bool]
-) -> None:
+    plan: Plan,
+    run: RunDir,
+    shards: Path,
+    watch: WatchConfig,
+    workers: Workers,
+    wants_to_stop: Callable[[], bool],
+    at: Callable[[str], None] = lambda doing: None,
+) -> bool:
     """Run every stage that is not DONE. All ranks call this; the run directory is shared between them.
 
-    Returns early, after a checkpoint, when a rank is told to leave, and with ZeRO-3 after every stage: its partitioned
-    module cannot be let go of, so a new launch takes the next one.
+    Returns early, after a checkpoint, when a rank is told to leave, and says whether one was; and with ZeRO-3 after
+    every stage: its partitioned module cannot be let go of, so a new launch takes the next one.
     """
     training, heldout = (open_shards(shards, split) for split in ("train", "validation"))
     plan = compilable(plan, workers)
-    job = Job(plan, run, watch, training, heldout, workers, checkpoint.Writer(workers.rank), wants_to_stop)
+    job = Job(plan, run, watch, training, heldout, workers, checkpoint.Writer(workers.rank), wants_to_stop, at)
     if workers.rank == 0:
         run.diverged.unlink(missing_ok=True)  # it may go on now: more bad batches may be borne
         for line in remarks(plan, workers.size):
-            print(f"warning: {line}", file=sys.stderr)
-    free_since = time.perf_counter()
-    while (stage_index := workers.broadcast(run.first_unfinished(plan))) is not None:
+            LOG.warning(f"warning: {line}")
+    free_since, leaves = time.perf_counter(), False
+    while (stage_index := workers.broadcast(run.first_unfinished(plan) if workers.rank == 0 else None)) is not None:
         free_since = run_stage(job, stage_index, free_since)
-        if any(workers.gather(wants_to_stop())) or zero_stage(plan.engine) == 3:
+        leaves = any(workers.gather(wants_to_stop()))
+        if leaves or zero_stage(plan.engine) == 3:
             break
     job.writer.close()
+    return leaves
 
 
 def compilable(plan: Plan, workers: Workers) -> Plan:
@@ -102,7 +112,7 @@ def compilable(plan: Plan, workers: Workers) -> Plan:
     for rank, why in enumerate(workers.gather(why_no_compiler(workers.device.type))):
         if why is not None:
             if workers.rank == 0:
-                print(f"warning: layers are not compiled: torch.compile fails on rank {rank} ({why})", file=sys.stderr)
+                LOG.warning(f"warning: layers are not compiled: torch.compile fails on rank {rank} ({why})")
             return plan.model_copy(update={"compile": "none"})
     return plan
 
@@ -132,7 +142,10 @@ def run_stage(job: Job, stage_index: int, free_since: float) -> float:
     before was over at `free_since`; returns when this was."""
     plan, workers = job.plan, job.workers
     where = job.run.stage(stage_index)
+    job.at(f"stage {stage_index + 1}, starting")
     chosen = workers.broadcast(_ensure_start(job, stage_index) if workers.rank == 0 else None)
+    for written in (where.base, where.base if chosen is None else chosen.path):
+        wait_until_seen(written.exists)
     engine = Engine(build_module(plan, stage_index, load_state(where.base)), plan, stage_index, workers)
     progress = _resume(job, stage_index, engine, chosen)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
@@ -142,6 +155,7 @@ def run_stage(job: Job, stage_index: int, free_since: float) -> float:
         if watcher is not None:
             watcher.close()
     loop_ended = time.perf_counter()
+    job.at(f"stage {stage_index + 1}, finishing")
     job.writer.wait()
     if progress.step == plan.stages[stage_index].steps:
         _finish(job, stage_index, engine, progress, loop_ended)
@@ -174,7 +188,7 @@ def _ensure_start(job: Job, stage_index: int) -> checkpoint.Checkpoint | None:
         save_base(where.base, where.base_description, grown, origin)
     chosen, passed_over = _newest_checkpoint(job, stage_index)
     for line in passed_over:
-        print(f"warning: {line}", file=sys.stderr)
+        LOG.warning(f"warning: {line}")
     if chosen is None and stage_index:
         _hand_over(job, stage_index)
         chosen, _ = _newest_checkpoint(job, stage_index)
@@ -197,7 +211,7 @@ def _hand_over(job: Job, stage_index: int) -> None:
                 f"({lost}); delete {parent.summary} and {job.run.stage(stage_index).path}, and the same command takes "
                 "the last steps of the stage before again"
             )
-        print(f"warning: the loss scale starts anew in stage {stage_index + 1} ({lost})", file=sys.stderr)
+        LOG.warning(f"warning: the loss scale starts anew in stage {stage_index + 1} ({lost})")
         return
     tensors = {}
     if stage.optimizer_state == "carry":
@@ -240,7 +254,7 @@ def _resume(job: Job, stage_index: int, engine: Engine, chosen: checkpoint.Check
     if chosen is None:
         return Progress()
     if chosen.step and job.workers.rank == 0:
-        print(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}", file=sys.stderr)
+        LOG.info(f"resuming stage {stage_index + 1} at step {chosen.step} from {chosen.path}")
     with chosen.open() as shares:
         engine.load(shares.read, chosen.manifest["engine"])
     return Progress(**chosen.manifest["progress"])
@@ -264,6 +278,7 @@ def _steps(
     while upcoming is not None and not must_stop:
         batch, upcoming = upcoming, _next_batch(engine, batches)
         rate = lr_at(stage, progress.step)
+        job.at(f"stage {stage_index + 1}, step {progress.step + 1}")
         sums += engine.train_step(batch, progress.step, rate, job.wants_to_stop(), upcoming)
         progress.step, since_log = progress.step + 1, since_log + 1
         if watcher is not None:
@@ -374,6 +389,7 @@ def _evaluate(
     started = time.perf_counter()
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=job.workers.device)
     for batch in evaluation_batches(heldout, engine.micro_batch_size, job.workers.rank, job.workers.size):
+        job.at(f"stage {stage_index + 1}, evaluation at step {progress.step}")
         sums += engine.evaluate_step(batch)
     means = _means(job.workers.sum(sums))
     evaluated = time.perf_counter()
@@ -445,7 +461,7 @@ def _refuse_moved_weights(job: Job, stage_index: int, state: State, base: State)
                 f"machine or its software is at fault; {job.run.stage(stage_index).checkpoints} holds the last state"
             )
         if rank_digest != ranks[0][1] and job.workers.rank == 0:
-            print(f"warning: rank {rank} has come to other weights than rank 0, whose are kept", file=sys.stderr)
+            LOG.warning(f"warning: rank {rank} has come to other weights than rank 0, whose are kept")
 
 
 def _seconds_before(job: Job, stage_index: int) -> float:

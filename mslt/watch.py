@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar (or a line at each log point) and TensorBoard. Rank 0 only."""
 
+import logging
 import sys
 import time
 from datetime import timedelta
@@ -11,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mslt import metrics
 from mslt.cost import operations, step_total
+from mslt.logs import LOG
 from mslt.plan import Plan
 from mslt.rundir import RunDir
 
@@ -59,12 +61,14 @@ class Watch:
             note += f"  {record['samples_per_s']:,.0f} samples/s  left: {self._left(done_steps)}"
         else:
             note = f"held-out {note}"
+        LOG.log(
+            logging.INFO if self._bar is None else logging.DEBUG,
+            f"{self._title()}  step {done_steps:,}/{self.stage.steps:,}  {note}",
+        )
         if self._bar is not None:
             self._bar.update(self._task, note=note)
             if record["kind"] == "evaluation":
                 self._bar.console.print(f"{self._title()}, step {done_steps:,}: {note}")
-        else:
-            print(f"{self._title()}  step {done_steps:,}/{self.stage.steps:,}  {note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._board.close()

@@ -7,4 +7,5 @@ ruff check .
 ruff format --check .
 mypy
 [ $# -gt 0 ] || set -- -m "not slow"
-python -m pytest "$@"
+# Tests mostly wait for processes to start: two at once, each file as a whole.
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

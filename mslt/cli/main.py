@@ -1,10 +1,11 @@
 """The command line: one verb per file, heavy imports inside the verb."""
 
+import os
 import sys
 
 import typer
 
-from mslt.cli import compare, data, grow, plan, train
+from mslt.cli import compare, data, doctor, grow, plan, train
 from mslt.errors import MsltError
 
 app = typer.Typer(
@@ -15,18 +16,21 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("doctor")(doctor.doctor)
 app.command("grow")(grow.grow)
 app.command("compare")(compare.compare)
 app.add_typer(data.app, name="data")
 
 
 def main() -> None:
-    """The console script. A user's mistake, or a full disk, is one message on stderr and exit status 2."""
+    """The console script. A user's mistake, or a full disk, is one message on stderr and exit status 2; of a run that
+    was told to leave 75."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of connections; what counts is said here
     try:
         app()
     except (MsltError, OSError) as error:
         print(f"mslt: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_status", 2))
 
 
 if __name__ == "__main__":

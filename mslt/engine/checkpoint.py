@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from mslt.files import fsync_folder, full_disk_named, sha256_file, write_json
 from mslt.models.checkpoint import write_tensors
+from mslt.rundir import KEPT
 
-KEPT = 2
 _MANIFEST = "manifest.json"
 
 
@@ -144,12 +144,18 @@ class Writer:
             yield
         except OSError as caught:
             error = caught
-        errors: list[str | None] = [None] * torch.distributed.get_world_size(self._group)
-        torch.distributed.all_gather_object(errors, None if error is None else str(error), group=self._group)
-        failed = [f"rank {rank}: {found}" for rank, found in enumerate(errors) if found is not None]
+        errors: list[tuple[int | None, str] | None] = [None] * torch.distributed.get_world_size(self._group)
+        torch.distributed.all_gather_object(
+            errors, None if error is None else (error.errno, str(error)), group=self._group
+        )
+        failed = {rank: found for rank, found in enumerate(errors) if found is not None}
         if failed:
-            said = f"checkpoint not written: {'; '.join(failed)}"
-            raise OSError(f"{said}; make room, or mend the folder, and run the same command again") from error
+            listed = "; ".join(f"rank {rank}: {said}" for rank, (_, said) in failed.items())
+            raised = OSError(
+                f"checkpoint not written: {listed}; make room, or mend the folder, and run the same command again"
+            )
+            raised.errno = next(iter(failed.values()))[0]
+            raise raised from error
 
 
 def newest_valid(folder: Path, base_sha256: str, plan: str) -> tuple[Checkpoint | None, list[str]]:

@@ -72,7 +72,7 @@ class Workers:
         return work
 
 
-def start_workers(timeout_minutes: int = 30) -> Workers:
+def start_workers(timeout_s: float = 1800) -> Workers:
     """Join the other processes of this launch. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* come from the launcher."""
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.getenv(name)]
@@ -83,7 +83,7 @@ def start_workers(timeout_minutes: int = 30) -> Workers:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     device = torch.device(accelerator.current_device_name())
     workers = Workers(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
     _count_bytes(workers.handed_bytes)

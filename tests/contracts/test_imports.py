@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLAIN = (
     "errors", "files", "validation", "growth", "config", "plan", "schedule", "cost", "hardware", "forecast", "rundir",
-    "metrics", "provenance",
+    "metrics", "provenance", "nodes", "logs", "orphans", "pulse", "failures",
 )  # fmt: skip
 FLOORS = [
     {"mslt", *(f"mslt.{name}" for name in PLAIN)},
@@ -23,6 +23,11 @@ FLOORS = [
         "mslt.study",
         "mslt.watch",
         "mslt.launcher",
+        "mslt.meeting",
+        "mslt.links",
+        "mslt.doctor",
+        "mslt.rounds",
+        "mslt.supervisor",
         "mslt.preflight",
         "mslt.report",
         "mslt.evaluate",

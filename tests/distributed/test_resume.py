@@ -15,7 +15,7 @@ from tests.distributed.runs import losses, train, train_and_kill, write_recipe
 SEED = 20
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_has_the_losses_and_weights_of_an_undisturbed_one(
     tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any], workers: int
 ) -> None:

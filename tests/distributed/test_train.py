@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForPreTraining, AutoTokenizer
 
 from mslt import metrics
-from mslt.cost import stage_cost
+from mslt.cost import run_bytes, stage_cost
 from mslt.models import families
 from mslt.plan import Plan
-from mslt.rundir import RunDir, read_plan, read_summaries
+from mslt.rundir import KEPT, RunDir, read_plan, read_summaries
 from tests.distributed.runs import TIMEOUT_S, losses, mslt, train, write_recipe
 
 FAMILY = families.FAMILIES["bert"]
@@ -54,6 +54,15 @@ def test_growth_copies_and_the_copies_then_differ_from_their_sources(finished: R
         source = name.replace(".layer.2.", ".layer.0.").replace(".layer.3.", ".layer.1.")
         assert torch.equal(base[name], before[source])
         assert not torch.equal(after[name], before[source])
+
+
+def test_a_run_takes_the_room_foretold(finished: RunDir) -> None:
+    """But for one more checkpoint, files' headers, and the steps beside the moments."""
+    plan = read_plan(finished)
+    trained = max(stage_cost(plan.model, stage).trainable_parameters for stage in plan.stages)
+    files = list(finished.path.rglob("*.safetensors"))
+    taken, foretold = sum(file.stat().st_size for file in files), run_bytes(plan, KEPT) - 12 * trained
+    assert foretold <= taken <= foretold + 40_000 * len(files)
 
 
 def test_stages_hand_over_every_bit(finished: RunDir) -> None:
@@ -194,7 +203,7 @@ def test_told_to_leave_it_saves_and_leaves_no_process_behind_and_goes_on_with_ot
     assert len(descendants) >= 2
     parent.send_signal(signal.SIGTERM)
     _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 2
+    assert parent.returncode == 75
     assert "saved and left, as it was told" in said
     _, alive = psutil.wait_procs(descendants, timeout=5)
     assert not alive

@@ -1,4 +1,4 @@
-"""Told to leave, `launch` lets the ranks save: here DeepSpeed's processes are stood in for by a small tree of three.
+"""Told to leave, `launch` lets the ranks save: here DeepSpeed's processes are stood in for by a launcher and a rank.
 Runs that train apart are told, too, and have GPUs of their own; of a timing that was told nothing is taken."""
 
 import json
@@ -22,13 +22,13 @@ from mslt import launcher
 from mslt.data.loader import Samples, training_batches
 from mslt.data.shards import open_shards
 from mslt.errors import MsltError
+from mslt.nodes import Place
 from mslt.plan import Plan
 
 SAVING_S = 2.5  # over twice GRACE_S: an end that does not wait for the rank comes before it
 TIMEOUT_S = 30
 
-# The runner starts the launcher, which starts a rank. On SIGTERM the upper two end what they started, at once
-# where DeepSpeed's launcher gives each rank 30 s.
+# The launcher starts a rank, and on SIGTERM ends it: at once, where DeepSpeed's gives each 30 s.
 TREE = """
 import os, pathlib, signal, subprocess, sys, time
 role, log, saving_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
@@ -39,8 +39,12 @@ def say(line):
 
 if role == "rank":
     told = []
+    if log.endswith("deaf"):
+        say("deaf")
+        time.sleep(1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: told.append(received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     say("ready")
     while not told:
         time.sleep(0.02)
@@ -50,12 +54,14 @@ if role == "rank":
         time.sleep(0.02)
     say("saved")
 else:
-    below = {"runner": "launcher", "launcher": "rank"}[role]
-    child = subprocess.Popen([sys.executable, __file__, below, *sys.argv[2:]])
+    if log.endswith("alone"):
+        say("alone")
+        time.sleep(60)
+    child = subprocess.Popen([sys.executable, __file__, "rank", *sys.argv[2:]])
 
     def end(received, _):
         say("ended")
-        child.send_signal(signal.SIGKILL if role == "launcher" else signal.SIGTERM)
+        child.send_signal(signal.SIGKILL)
         os._exit(1)
 
     signal.signal(signal.SIGTERM, end)
@@ -75,9 +81,9 @@ launcher.GRACE_S = 1
 for log in logs:
     if not os.fork():
         Path(log + ".pid").write_text(str(os.getpid()))
-        command = [sys.executable, tree, "runner", log, saving_s]
+        command = [sys.executable, tree, "launcher", log, saving_s]
         launcher.subprocess.Popen = lambda _, **how: popen(command, **how)
-        status = launcher.launch(["recipe"], 1)
+        status = launcher.launch(["recipe"], launcher.alone(1))
         Path(log + ".status").write_text(str(status))
         os._exit(0)
 for _ in logs:
@@ -113,7 +119,7 @@ class Launched:
         return int(status.read_text())
 
 
-CASES = ("SIGTERM", "SIGUSR1", "twice", "SIGINT")
+CASES = ("SIGTERM", "SIGUSR1", "deaf", "alone", "twice", "SIGINT")
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +145,36 @@ def test_told_to_leave_the_rank_alone_is_told_and_saves_before_anything_ends(
     launched.wait_for("rank ready")
     launched.process.send_signal(signal.Signals[name])
     assert launched.status() == -signal.Signals[name]
-    assert launched.said() == ["rank ready", "rank told SIGUSR1", "rank saved", "launcher left", "runner left"]
+    assert launched.said() == ["rank ready", "rank told SIGUSR1", "rank saved", "launcher left"]
+
+
+def test_a_rank_told_before_it_listens_is_told_when_it_does(started: dict[str, Launched]) -> None:
+    launched = started["deaf"]
+    launched.wait_for("rank deaf")
+    launched.process.send_signal(signal.SIGUSR1)
+    assert launched.status() == -signal.SIGUSR1
+    assert launched.said() == ["rank deaf", "rank ready", "rank told SIGUSR1", "rank saved", "launcher left"]
+
+
+def test_told_to_leave_before_there_is_a_rank_it_starts_none(started: dict[str, Launched]) -> None:
+    launched = started["alone"]
+    launched.wait_for("launcher alone")
+    launched.process.send_signal(signal.SIGUSR1)
+    assert launched.status() == -signal.SIGUSR1
+    assert launched.said() == ["launcher alone"]
 
 
 def test_the_same_signal_again_goes_to_the_whole_group_and_is_the_status(started: dict[str, Launched]) -> None:
     launched = started["twice"]
     launched.wait_for("rank ready")
     tree = launched.process.children(recursive=True)
-    assert len(tree) == 3
+    assert len(tree) == 2
     for _ in range(2):
         launched.process.send_signal(signal.SIGTERM)
         launched.wait_for("rank told SIGUSR1")
     assert launched.status() == -signal.SIGTERM
     assert "rank saved" not in launched.said()
-    assert {"launcher ended", "runner ended"} <= set(launched.said())
+    assert "launcher ended" in launched.said()
     assert not psutil.wait_procs(tree, timeout=5)[1]
 
 
@@ -362,9 +384,9 @@ def test_a_timing_counts_only_where_its_workers_ended_well(
     """Ranks that time do not hear SIGUSR1: signalled, they may write all the same."""
     folders = []
 
-    def launch(arguments: list[str], num_workers: int) -> int:
+    def launch(arguments: list[str], place: Place) -> int:
         option, plan, out, *shards = arguments
-        assert (option, shards, num_workers) == ("--time", ["--shards", str(tmp_path)], 3)
+        assert (option, shards, place.num_workers) == ("--time", ["--shards", str(tmp_path)], 3)
         assert Plan.model_validate_json(Path(plan).read_text()) == tiny_plan
         folders.append(Path(out).parent)
         if writes:
