@@ -1,4 +1,4 @@
-"""The one error a user sees."""
+"""The errors a user sees."""
 
 
 class MsltError(Exception):
@@ -8,6 +8,6 @@ class MsltError(Exception):
 
 
 class Left(MsltError):
-    """A run that was told to leave has saved, and goes on with the same command."""
+    """A run was told to leave; the same command goes on from its last checkpoint."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again

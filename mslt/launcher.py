@@ -107,7 +107,7 @@ def launch(
             elif status is None and ended():
                 with suppress(subprocess.TimeoutExpired):
                     status = process.wait(timeout=GRACE_S)
-                status = status or ELSEWHERE
+                status = ELSEWHERE if status is None else status  # ended by itself meanwhile, it may have ended well
         deadline = time.monotonic() + LEAVE_S
         while received and _group_lives(process.pid) and time.monotonic() < deadline:
             process.poll()  # a child that is not waited for keeps its group alive

@@ -30,7 +30,7 @@ def main() -> None:
         app()
     except (MsltError, OSError) as error:
         print(f"mslt: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", 2))
+        sys.exit(error.exit_status if isinstance(error, MsltError) else MsltError.exit_status)
 
 
 if __name__ == "__main__":
