@@ -75,11 +75,17 @@ def train(
     if hosts is not None and node_rank is None:
         raise typer.Exit(on_every_host(everywhere(hosts, sys.argv[1:]), RunDir(run_path(recipe, run_dir)).leave))
 
+    left = Left(f"{run_path(recipe, run_dir)}: left, with no workers running; the same command goes on")
+
+    def leave_at_last() -> None:
+        print(f"mslt: {left}", file=sys.stderr, flush=True)
+        os._exit(left.exit_status)
+
     def leave(_number: int, _: FrameType | None) -> None:
-        latest = threading.Timer(LEAVE_S, os._exit, (Left.exit_status,))  # where what is raised here is swallowed
+        latest = threading.Timer(LEAVE_S, leave_at_last)  # where what is raised here is swallowed
         latest.daemon = True
         latest.start()
-        raise Left(f"{run_path(recipe, run_dir)}: left, with no workers running; the same command goes on")
+        raise left
 
     for number in SAVE_AND_LEAVE:  # while they run, `launch` has handlers of its own
         signal.signal(number, leave)
