@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from mslt.engine.ds_config import autocast_dtype, zero_stage
+from mslt.engine.ds_config import zero_stage
 from mslt.files import write_text
-from mslt.plan import Plan
+from mslt.plan import Plan, autocast_dtype
 
 
 def today() -> str:

@@ -29,12 +29,12 @@ from mslt.data.manifest import (
     check_tokenizer,
     parse_manifest,
 )
-from mslt.engine.ds_config import autocast_dtype, read_engine_config, reduced_bytes
+from mslt.engine.ds_config import read_engine_config, reduced_bytes
 from mslt.engine.gpus import check_gpus
 from mslt.errors import MsltError
 from mslt.files import sha256_file
 from mslt.launcher import num_workers_here
-from mslt.plan import Plan, micro_batch_size
+from mslt.plan import Plan, autocast_dtype, micro_batch_size
 from mslt.preflight import check_recipe, run_path
 from mslt.provenance import provenance
 from mslt.rundir import DOCTORS, KEPT, holds_run

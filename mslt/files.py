@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mslt.errors import MsltError
 
@@ -62,17 +62,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def lock_alone(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file `path` for this process; the system lets go when it ends, however it ends. MsltError `busy`
-    when another process holds it; a warning where the file system has no locks."""
-    with open(path, "w") as file:
+def lock_alone(path: Path, busy: str | None) -> Iterator[IO[str]]:
+    """Hold the lock file `path` for this process; the system lets go when it ends, however it ends. While another
+    process holds it MsltError `busy`, or without that waiting; a warning where the file system has no locks. Yields the
+    file, which all that hold it read alike, also over the network."""
+    with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
         except BlockingIOError:
             raise MsltError(busy) from None
         except OSError as error:
             print(f"warning: {path.parent}: cannot be locked ({error}); start no second run in it", file=sys.stderr)
-        yield
+        yield file
 
 
 @contextmanager
@@ -109,15 +110,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        fsync_folder(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        with full_disk_named(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            fsync_folder(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync_folder(path.parent)

@@ -142,9 +142,9 @@ def everywhere(hosts: Hosts, arguments: list[str]) -> list[str]:
     ]
 
 
-def on_every_host(command: list[str], leave: Path) -> int:
+def on_every_host(command: list[str], leave: Path | None) -> int:
     """Run such a command and return its exit status. At the first signal to end, the file `leave` asks the run to save;
-    at the second the connections end; every host then saves and leaves by itself (see mslt.orphans)."""
+    at the second, or without such a file, the connections end; every host then leaves by itself (see mslt.orphans)."""
     received: list[int] = []
 
     def stop(signal_number: int, _: FrameType | None) -> None:
@@ -162,15 +162,22 @@ def on_every_host(command: list[str], leave: Path) -> int:
     while (status := _ended(process)) is None:
         if received and not asked:
             asked = True
-            try:
-                leave.touch()
-            except OSError:  # there is no run yet
+            if leave is None or not _touched(leave):  # there is no run yet
                 received.append(signal.SIGTERM)
-            with suppress(OSError):  # the terminal may be what has gone
-                print("asked the run to save and leave; once more ends the connections", file=sys.stderr, flush=True)
+            else:
+                with suppress(OSError):  # the terminal may be what has gone
+                    said = "asked the run to save and leave; once more ends the connections"
+                    print(said, file=sys.stderr, flush=True)
         if len(received) > 1:
             os.killpg(process.pid, signal.SIGKILL)
     return status
+
+
+def _touched(path: Path) -> bool:
+    with suppress(OSError):
+        path.touch()
+        return True
+    return False
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int | None:

@@ -181,3 +181,9 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         for key, child in children
         for leaf, found in _leaves(child, f"{path}.{key}" if path else key).items()
     }
+
+
+def autocast_dtype(engine: dict[str, Any]) -> Literal["bfloat16", "float16"] | None:
+    """The type that matrix products are computed in, None for fp32."""
+    section = engine.get("torch_autocast", {})
+    return section["dtype"] if section.get("enabled") else None

@@ -14,10 +14,10 @@ from mslt.config import Recipe, load_recipe
 from mslt.data.manifest import SPLITS, Manifest, read_manifest
 from mslt.data.order import SampleOrder
 from mslt.data.shards import open_shards
-from mslt.engine.ds_config import autocast_dtype, read_engine_config
+from mslt.engine.ds_config import read_engine_config
 from mslt.engine.gpus import check_gpus
 from mslt.errors import MsltError
-from mslt.plan import Plan, micro_batch_size, with_micro_batches
+from mslt.plan import Plan, autocast_dtype, micro_batch_size, with_micro_batches
 from mslt.provenance import provenance
 from mslt.rundir import RunDir, open_run, read_plan
 from mslt.schedule import make_plan

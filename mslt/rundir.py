@@ -144,6 +144,29 @@ def open_run(path: Path, plan: Plan, recipe_text: str, provenance: dict[str, Any
     return run
 
 
+def find_model(path: Path) -> tuple[Path, tuple[RunDir, int] | None]:
+    """The model folder that a path names, and of which run and stage index it is, None outside of a run. The path is a
+    model folder, a stage's directory, or a run's, whose last finished stage counts. MsltError where none is finished.
+    """
+    where = path.resolve()
+    if (where / "plan.json").is_file():
+        run = RunDir(path)
+        done = [index for index in range(len(read_plan(run).stages)) if run.stage(index).is_done()]
+        if not done:
+            raise MsltError(f"{path}: no stage of this run is finished; wait for the first, or run `mslt train` again")
+        return run.stage(done[-1]).model, (run, done[-1])
+    for stage in (where, where.parent):
+        number = stage.name.removeprefix("stage-")
+        if number.isdecimal() and stage.name != number and (stage.parent / "plan.json").is_file():
+            run, index = RunDir(stage.parent), int(number) - 1
+            if stage == where:
+                if not run.stage(index).is_done():
+                    raise MsltError(f"{path}: this stage is not finished; name one that has a summary.json")
+                return path / "model", (run, index)
+            return path, (run, index) if where == run.stage(index).model else None
+    return path, None
+
+
 def how_far(run: RunDir, plan: Plan) -> tuple[int, str]:
     """Grows with every stage and every checkpoint, whose folders are named by their step."""
     stage_index = run.first_unfinished(plan)
@@ -151,6 +174,13 @@ def how_far(run: RunDir, plan: Plan) -> tuple[int, str]:
         return len(plan.stages), ""
     checkpoints = run.stage(stage_index).checkpoints
     return stage_index, max((path.parent.name for path in checkpoints.glob("*/manifest.json")), default="")
+
+
+def evaluation_folder(checkpoint: str) -> Path:
+    """Where what was found out about a model lies: beside its folder, which itself is copied and uploaded; of a name on
+    the hub below the working folder."""
+    folder = Path(checkpoint).resolve()
+    return folder.with_name(f"{folder.name}-evaluation") if folder.is_dir() else Path("evaluation") / checkpoint
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mslt.data import keyed
 from mslt.data.loader import EVALUATION_SEED, Batch, Samples, evaluation_batches, training_batches
 from mslt.data.shards import Shards, open_shards
 from mslt.engine import checkpoint
-from mslt.engine.ds_config import autocast_dtype, remarks, zero_stage
+from mslt.engine.ds_config import remarks, zero_stage
 from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
@@ -30,10 +30,11 @@ from mslt.models.checkpoint import load_state, save_base, save_model_folder
 from mslt.models.compiling import why_no_compiler
 from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
+from mslt.models.forward import means as means_of
 from mslt.models.freezing import freeze
 from mslt.models.int8 import quantize_layers
 from mslt.models.surgery import State, rebuild
-from mslt.plan import Plan, lowest_graph_layer
+from mslt.plan import Plan, autocast_dtype, lowest_graph_layer
 from mslt.provenance import provenance
 from mslt.rundir import RunDir
 from mslt.schedule import lr_at
@@ -291,7 +292,7 @@ def _steps(
         must_save = at_end or must_stop or progress.step % watch.checkpoint_every == 0
         if not (must_evaluate or must_save or progress.step % watch.log_every == 0):
             continue
-        means, scalars = _means(workers.sum(sums)), engine.scalars()
+        means, scalars = means_of(workers.sum(sums)), engine.scalars()
         _refuse_divergence(job, stage_index, progress.step, means, scalars)
         seconds = time.perf_counter() - logged
         for kind, kind_s in {"train": seconds, **engine.clock.take()}.items():
@@ -323,17 +324,6 @@ def _steps(
 def _next_batch(engine: Engine, batches: Iterator[Batch]) -> Batch | None:
     with engine.clock.span("data"):
         return next(batches, None)
-
-
-def _means(sums: torch.Tensor) -> dict[str, float]:
-    """Means and accuracies of SUMS, as a record's fields; none of a head that predicted nothing."""
-    by_name = dict(zip(SUMS, sums.double().tolist(), strict=True))
-    means = {}
-    for head in ("mlm", "nsp"):
-        if count := by_name[f"{head}_count"]:
-            means[f"{head}_loss"] = by_name[f"{head}_loss"] / count
-            means[f"{head}_accuracy"] = by_name[f"{head}_correct"] / count
-    return means
 
 
 def _refuse_divergence(
@@ -391,7 +381,7 @@ def _evaluate(
     for batch in evaluation_batches(heldout, engine.micro_batch_size, job.workers.rank, job.workers.size):
         job.at(f"stage {stage_index + 1}, evaluation at step {progress.step}")
         sums += engine.evaluate_step(batch)
-    means = _means(job.workers.sum(sums))
+    means = means_of(job.workers.sum(sums))
     evaluated = time.perf_counter()
     if watcher is not None:
         run_step = job.plan.first_step(stage_index) + progress.step

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.prepare import prepare
 from data_prep.recipe import DataRecipe
@@ -13,6 +14,8 @@ from mslt.engine.ds_config import read_engine_config
 from mslt.plan import Plan
 from mslt.schedule import make_plan
 from mslt.validation import validate
+
+torch.set_num_threads(1)  # two processes run tests side by side, on two cores
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

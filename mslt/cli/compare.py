@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 
 
@@ -32,14 +33,23 @@ def compare(
         typer.Option(min=1, help="Processes of each run of a study. Default: one a GPU, or one.", show_default=False),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs of a study that train side by side.")] = 1,
+    glue: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET",
+            help="Also what `mslt evaluate glue --preset PRESET` found of each, beside the paper's table.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show what each run reached and what it took; runs that differ in their seed alone share a row. Of a study, do all
     runs first: equal time and equal steps, each schedule at the best of its learning rates, over all seeds; the same
     command again goes on where it stopped."""
     is_study = any(path.suffix in (".yaml", ".yml") for path in runs)
     for option, given, belongs in (
-        ("--at", at is not None, not is_study), ("--out", out is not None, is_study),
-        ("--shards", shards is not None, is_study), ("--workers", workers is not None, is_study),
+        ("--at", at is not None, not is_study), ("--glue", glue is not None, not is_study),
+        ("--out", out is not None, is_study), ("--shards", shards is not None, is_study),
+        ("--workers", workers is not None, is_study),
         ("--at-once", at_once > 1, is_study),
     ):  # fmt: skip
         if given and not belongs:
@@ -49,7 +59,7 @@ def compare(
     if is_study:
         _study(runs[0], out or Path("runs") / runs[0].stem, shards, workers, at_once, picture, as_json)
     else:
-        _runs(runs, at, picture, as_json)
+        _runs(runs, at, picture, as_json, glue)
 
 
 def _study(
@@ -80,7 +90,7 @@ def _study(
         typer.echo(study_json(found))
     else:
         header, *rows = table(found)
-        _print_table(header, rows, width=170)  # its columns hold a mean and a deviation each
+        print_table(header, rows, width=170)  # its columns hold a mean and a deviation each
         for line in verdict(found):
             typer.echo(line)
     if picture is not None:
@@ -88,14 +98,21 @@ def _study(
         typer.echo(f"curves: {picture}", err=as_json)
 
 
-def _runs(runs: list[Path], at: At | None, picture: Path | None, as_json: bool) -> None:
+def _runs(runs: list[Path], at: At | None, picture: Path | None, as_json: bool, glue: str | None) -> None:
     from mslt.report.comparison import differences, outcomes
 
-    rows = outcomes(runs, at.value if at else None)
+    rows, scored = outcomes(runs, at.value if at else None), []
+    if glue is not None:  # it loads torch
+        from mslt.report.glue import read_scores, score_tables
+
+        scored = [read_scores(run, glue) for run in runs]
     for difference in differences(runs):
         typer.echo(f"not comparable: {difference}", err=True)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        described = [asdict(row) for row in rows]
+        typer.echo(
+            json.dumps({"runs": described, "glue": list(map(asdict, scored))} if scored else described, indent=2)
+        )
     else:
         header = ["run", "steps", "workers", "held-out MLM", "accuracy", "NSP", "time", "speedup", "all-reduced"]
         printed = [
@@ -109,7 +126,22 @@ def _runs(runs: list[Path], at: At | None, picture: Path | None, as_json: bool) 
             ]
             for row in rows
         ]  # fmt: skip
-        _print_table(header + ([f"at equal {at.value}"] if at else []), printed)
+        print_table(header + ([f"at equal {at.value}"] if at else []), printed)
+        for table in score_tables(scored) if scored else ():
+            cells = [
+                [row.name + whose, row.steps, row.hours, *(row.scores.get(task, "–") for task in table.tasks)]
+                for rows_of, whose in ((table.ours, ""), (table.reported, " (Yang et al.)"))
+                for row in rows_of
+            ]
+            print_table(["", "steps", "hours", *table.tasks], cells, width=190, title=table.title)
+        if scored:
+            typer.echo(
+                "Percent: median of the best setting's runs (their mean ± deviation); averages over what all have."
+            )
+            for task, differs in scored[0].differs.items():
+                typer.echo(f"{task}: not as in the paper: {', '.join(differs)}")
+            if scored[0].protocol["max_train_rows"] is not None:
+                typer.echo(f"Fine-tuned on {scored[0].protocol['max_train_rows']:,} rows of each task at most.")
     if picture is not None:
         from mslt.report.curves import draw_curves
 
@@ -117,17 +149,3 @@ def _runs(runs: list[Path], at: At | None, picture: Path | None, as_json: bool) 
         unique = len(set(labels)) == len(labels)
         draw_curves({path.name if unique else str(path): path for path in runs}, picture)
         typer.echo(f"curves: {picture}", err=as_json)
-
-
-def _print_table(header: list[str], rows: list[list[str]], width: int = 120) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for index, heading in enumerate(header):
-        table.add_column(heading, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, width)
-    console.print(table)

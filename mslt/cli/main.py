@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mslt.cli import compare, data, doctor, grow, plan, train
+from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, train
 from mslt.errors import MsltError
 
 app = typer.Typer(
@@ -19,7 +19,10 @@ app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 app.command("grow")(grow.grow)
 app.command("compare")(compare.compare)
+app.command("attention")(attention.attention)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(exit.app, name="exit")
 
 
 def main() -> None:

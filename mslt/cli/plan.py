@@ -9,11 +9,11 @@ import typer
 
 from mslt.config import load_recipe
 from mslt.cost import StageCost, StepCosts, fit, medians, probes, stage_cost, step_parts
-from mslt.engine.ds_config import autocast_dtype, read_engine_config, reduced_bytes, zero_stage
+from mslt.engine.ds_config import read_engine_config, reduced_bytes, zero_stage
 from mslt.errors import MsltError
 from mslt.forecast import OWN, Forecast, advice, duration, forecasts, proposal
 from mslt.hardware import GPUS, Cluster, cluster_costs
-from mslt.plan import HEAD_SLOTS, Plan, Stage, layer_slots
+from mslt.plan import HEAD_SLOTS, Plan, Stage, autocast_dtype, layer_slots
 from mslt.schedule import lr_at, make_plan
 
 

@@ -151,9 +151,7 @@ class Writer:
         failed = {rank: found for rank, found in enumerate(errors) if found is not None}
         if failed:
             listed = "; ".join(f"rank {rank}: {said}" for rank, (_, said) in failed.items())
-            raised = OSError(
-                f"checkpoint not written: {listed}; make room, or mend the folder, and run the same command again"
-            )
+            raised = OSError(f"checkpoint not written: {listed}")
             raised.errno = next(iter(failed.values()))[0]
             raise raised from error
 

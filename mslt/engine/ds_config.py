@@ -82,12 +82,6 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def autocast_dtype(config: dict[str, Any]) -> Literal["bfloat16", "float16"] | None:
-    """The type that matrix products are computed in, None for fp32."""
-    section = config.get("torch_autocast", {})
-    return section["dtype"] if section.get("enabled") else None
-
-
 def reduced_dtype(config: dict[str, Any]) -> Literal["float32", "bfloat16", "float16"]:
     """The type in which gradients are added up over the ranks."""
     names: dict[str, Literal["float32", "bfloat16", "float16"]]

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from mslt.data import keyed
 from mslt.data.loader import Batch
 from mslt.engine.clock import Clock
-from mslt.engine.ds_config import autocast_dtype, bucket_elements, complete, reduced_bytes, reduced_dtype, zero_stage
+from mslt.engine.ds_config import bucket_elements, complete, reduced_bytes, reduced_dtype, zero_stage
 from mslt.engine.optimizer import Lamb, LossScale, refuse_unequal_apex
 from mslt.engine.pieces import whole_pieces, zero_pieces
 from mslt.engine.reduction import Reducer, Work
@@ -28,7 +28,7 @@ from mslt.models.families import FAMILIES, slot_of
 from mslt.models.forward import SUMS, PretrainingLoss
 from mslt.models.freezing import hold_in
 from mslt.models.surgery import State
-from mslt.plan import Plan, micro_batch_size
+from mslt.plan import Plan, autocast_dtype, micro_batch_size
 
 _MLM_LOSS, _MLM_COUNT = SUMS.index("mlm_loss"), SUMS.index("mlm_count")
 _NSP_LOSS = SUMS.index("nsp_loss")

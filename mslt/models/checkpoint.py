@@ -3,13 +3,15 @@
 import copy
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.data import keyed
 from mslt.errors import MsltError
@@ -23,12 +25,22 @@ from mslt.provenance import provenance
 WEIGHTS = re.compile(r"\.(safetensors|bin|h5|msgpack|onnx|ckpt)(\.index\.json)?$")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file. OSError where it cannot be written, a full disk above all."""
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """What safetensors says in words alone when it cannot write, as the OSError it was: a full disk above all."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        yield
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file. OSError where it cannot be written."""
+    with system_errors(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def save_state(path: Path, state: State) -> None:
@@ -49,11 +61,21 @@ def save_base(path: Path, description: Path, state: State, origin: dict[str, Any
 
 def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, origin: dict[str, Any]) -> None:
     """A folder that `AutoModelForPreTraining.from_pretrained` and `AutoTokenizer.from_pretrained` load as it is."""
-    with whole_folder(path) as temporary:
+    with whole_folder(path) as temporary, system_errors(path):
         model.save_pretrained(temporary)
         for file in tokenizer.iterdir():
             shutil.copy(file, temporary / file.name)
         write_json(temporary / "provenance.json", origin)
+
+
+def save_fine_tuned(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: dict[str, Any]
+) -> None:
+    """A folder that transformers' Auto classes load as it is."""
+    with whole_folder(path) as temporary, system_errors(path):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "provenance.json", {**origin, **provenance()})
 
 
 def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[int, int]:
@@ -73,7 +95,7 @@ def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[i
         grown = type(model)(config)
     fill(grown, rebuild(before, sources, family, own_state(grown)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(out) as temporary:
+    with whole_folder(out) as temporary, system_errors(out):
         grown.save_pretrained(temporary)
         for file in source.rglob("*"):
             carried = temporary / file.relative_to(source)

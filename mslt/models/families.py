@@ -1,7 +1,7 @@
 """Where each part of a Hugging Face encoder lies: the only file that knows its attribute paths and key names."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,9 @@ FAMILIES = {
 }
 
 
+READABLE = ("bert", "roberta", "electra")  # model types that are read as they are, through transformers' own heads
+
+
 def family_of(config: PretrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise MsltError(f"model_type {config.model_type}: not supported; take one of {', '.join(FAMILIES)}")
@@ -46,6 +49,17 @@ def slot_of(family: Family, parameter_name: str) -> str:
     if layer:
         return f"layer.{layer['layer']}"
     return next(slot for prefix, slot in family.slot_prefixes.items() if parameter_name.startswith(prefix))
+
+
+def num_positions(config: PretrainedConfig) -> int:
+    """The most tokens of a sequence; RoBERTa's first is at the position behind the padding entry's."""
+    first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return int(config.max_position_embeddings - first)
+
+
+def is_pooler(parameter_name: str) -> bool:
+    """Whether it is of the part that classifiers stand on, which not all checkpoints have."""
+    return "pooler" in parameter_name.split(".")
 
 
 def hf_config(model: ModelConfig, depth: int) -> BertConfig:
@@ -69,13 +83,50 @@ def slot_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def layers(model: PreTrainedModel) -> Iterable[nn.Module]:
-    return model.bert.encoder.layer
+def layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Of any model of READABLE."""
+    return model.base_model.encoder.layer
 
 
-def embed(model: PreTrainedModel, input_ids_BT: torch.Tensor, token_type_ids_BT: torch.Tensor) -> torch.Tensor:
-    """Hidden state 0, [B, T, D]."""
-    return model.bert.embeddings(input_ids=input_ids_BT, token_type_ids=token_type_ids_BT)
+def embed(
+    model: PreTrainedModel, input_ids_BT: torch.Tensor, token_type_ids_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden state 0, [B, T, D], of any model of READABLE: what goes into layer 0, so in ELECTRA after the projection
+    to the layers' width. RoBERTa reads positions from ids: a padding entry takes none."""
+    base = model.base_model
+    h_BTD = base.embeddings(input_ids=input_ids_BT, token_type_ids=token_type_ids_BT)
+    return base.embeddings_project(h_BTD) if hasattr(base, "embeddings_project") else h_BTD
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether it answers with logits of one token sequence."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def is_classifiers_config(config: PretrainedConfig) -> bool:
+    """Whether the weights beside it are a classifier's."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def class_logits(model: PreTrainedModel, h_BTD: torch.Tensor) -> torch.Tensor:
+    """[B, C] of a classifier's own head on the last hidden state."""
+    if model.config.model_type == "bert":
+        return model.classifier(model.dropout(model.bert.pooler(h_BTD)))
+    return model.classifier(h_BTD)
+
+
+def pooler_of(model: PreTrainedModel) -> nn.Linear | None:
+    """The matrix product [D, D] between the first token and an output layer: BERT's pooler; of a classifier without
+    one, RoBERTa's and ELECTRA's, their head's first. None where there is neither."""
+    pooler = getattr(model.base_model, "pooler", None)
+    if pooler is not None:
+        return pooler.dense
+    return model.classifier.dense if is_classifier(model) else None
+
+
+def pooler_activation(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What follows that product."""
+    return nn.functional.gelu if config.model_type == "electra" else torch.tanh
 
 
 def mlm_logits(model: PreTrainedModel, h_BMD: torch.Tensor) -> torch.Tensor:

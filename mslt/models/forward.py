@@ -19,6 +19,17 @@ from mslt.models.loss import head_sums
 SUMS = ("mlm_loss", "mlm_correct", "mlm_count", "nsp_loss", "nsp_correct", "nsp_count")
 
 
+def means(sums: torch.Tensor) -> dict[str, float]:
+    """Means and accuracies of SUMS, as a record's fields; none of a head that predicted nothing."""
+    by_name = dict(zip(SUMS, sums.double().tolist(), strict=True))
+    found = {}
+    for head in ("mlm", "nsp"):
+        if count := by_name[f"{head}_count"]:
+            found[f"{head}_loss"] = by_name[f"{head}_loss"] / count
+            found[f"{head}_accuracy"] = by_name[f"{head}_correct"] / count
+    return found
+
+
 class PretrainingLoss(nn.Module):
     """Hugging Face's pretraining model with a forward that gathers before the MLM head and sums instead of averaging.
 

@@ -49,6 +49,7 @@ ATTRIBUTES_HOME = "mslt.models.families"
 HF_ATTRIBUTES = re.compile(
     r"\.(bert|seq_relationship|predictions|word_embeddings|token_type_embeddings|position_embeddings|decoder)\b"
     r"|\.encoder\.layer\b|\.cls\.(predictions|seq)|\.(embeddings|pooler)\b"
+    r"|\.(base_model|embeddings_project|roberta|electra|out_proj)\b"
 )
 HF_KEYS = re.compile(
     r"\b(bert|encoder\.layer|cls\.predictions|cls\.seq_relationship)\.|word_embeddings|seq_relationship"
@@ -214,6 +215,11 @@ def test_no_imports_go_round() -> None:
 def test_deepspeed_has_one_door(path: Path) -> None:
     imported = {package_of(name) for name in imports(ast.parse(path.read_text()))}
     assert ("deepspeed" in imported) == (path == FILES[DEEPSPEEDS_DOOR])
+
+
+@pytest.mark.parametrize("module", [name for name in OURS if name.startswith("mslt.evaluate.")])
+def test_evaluation_knows_nothing_of_the_engine(module: str) -> None:
+    assert not [name for name in imports(TREES[module]) if name.startswith("mslt.engine")]
 
 
 @pytest.mark.parametrize("module", OURS)

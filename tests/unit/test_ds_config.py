@@ -12,9 +12,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from mslt.config import parse_recipe
-from mslt.engine.ds_config import autocast_dtype, complete, read_engine_config, remarks, zero_stage
+from mslt.engine.ds_config import complete, read_engine_config, remarks, zero_stage
 from mslt.errors import MsltError
-from mslt.plan import Plan
+from mslt.plan import Plan, autocast_dtype
 from mslt.schedule import make_plan
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"

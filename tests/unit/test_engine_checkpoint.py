@@ -24,6 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from mslt.engine import checkpoint
 from mslt.engine.checkpoint import Checkpoint, Writer
+from mslt.failures import kind_of
+from mslt.models import factory
+from mslt.models.checkpoint import save_model_folder
+from mslt.plan import Plan
 
 BASE = "a" * 64
 PLAN = "d" * 64
@@ -427,6 +431,21 @@ def test_a_full_disk_says_which_file_and_what_to_do(tmp_path: Path, monkeypatch:
         commit(tmp_path, 4)
 
 
+def test_a_model_folder_on_a_full_disk_is_the_systems_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_plan: Plan
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
+    model = factory.build(tiny_plan.model, 1, factory.initial_state(tiny_plan.model, 1, 0))
+    with pytest.raises(OSError, match=r"make room and run the same command again: .*model") as raised:
+        save_model_folder(tmp_path / "model", model, tmp_path, {})
+    assert raised.value.errno == errno.ENOSPC
+    assert kind_of(raised.value) == "mistake", "it is not started again"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_over_the_systems_limit_is_an_oserror(tmp_path: Path) -> None:
     commit(tmp_path, 4)
     large = {"weight/a/0": torch.zeros(2**15)}
@@ -680,6 +699,6 @@ def test_an_error_on_one_rank_is_raised_on_all(written_by_two: Path, failing: in
     folder = written_by_two / f"failing {failing}"
     said = {(written_by_two / f"failing {failing}, said by {rank}").read_text() for rank in range(2)}
     (line,) = said
-    assert re.fullmatch(rf"checkpoint not written: rank {failing}: .*rank-{failing}.*No space left on.*", line)
+    assert re.fullmatch(rf"checkpoint not written: rank {failing}: .*No space left on.*rank-{failing}.*", line)
     assert names(folder) == ["step-00000004", "step-00000012"], "8 left nothing; 12 was finished by close"
     assert_holds(newest(folder), 12)

@@ -188,6 +188,21 @@ def test_ctrl_c_lets_nothing_be_saved(started: dict[str, Launched]) -> None:
     assert not psutil.wait_procs(tree, timeout=5)[1]
 
 
+@pytest.mark.parametrize(
+    ("workers", "status"),
+    [("time.sleep(1.4)", 0), ("time.sleep(1.4); sys.exit(3)", 3), ("time.sleep(60)", launcher.ELSEWHERE)],
+    ids=["end well", "fail", "hang"],
+)
+def test_where_workers_of_another_host_have_ended_these_have_a_grace_to_end_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, workers: str, status: int
+) -> None:
+    popen, command = subprocess.Popen, [sys.executable, "-c", f"import sys, time; {workers}"]
+    monkeypatch.setattr(launcher, "GRACE_S", 3)
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda _, **how: popen(command, **how))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launcher.launch(["recipe"], launcher.alone(1), ended=lambda: True) == status
+
+
 def test_loaders_told_to_end_load_on_until_the_rank_lets_them_go(shards: Path, tiny_plan: Plan) -> None:
     stage = tiny_plan.stages[0]
     samples = Samples(open_shards(shards, "train"), tiny_plan.data, stage.sequence_length, stage.seed)

@@ -1,0 +1,102 @@
+"""Fine-tuning a model with a head: a loop of a page, the same for every task (Devlin et al. 2019, appendix A.3)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from mslt.data import keyed
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Row = TypeVar("Row")
+Batch = dict[str, torch.Tensor]
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """AdamW, linear warm-up over `warmup_share` of the steps, linear decay to 0; biases and norms without weight
+    decay. `precision` is of matrix products: fp32, bf16, fp16."""
+
+    learning_rate: float
+    batch_size: int
+    num_epochs: int
+    seed: int
+    warmup_share: float = 0.1
+    weight_decay: float = 0.01
+    precision: str = "fp32"
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], Batch],
+    settings: FineTuning,
+) -> Iterator[int]:
+    """Train in place, on the device the model is on; yields the number of epochs done after each. `collate` makes a
+    batch with labels. The order of rows and dropout are keyed by the seed."""
+    decays = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        eps=1e-8,
+    )
+    steps_per_epoch = -(-len(rows) // settings.batch_size)
+    steps = steps_per_epoch * settings.num_epochs
+    schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_share * steps), steps)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16")
+    for epoch in range(settings.num_epochs):
+        model.train()
+        torch.manual_seed(keyed.torch_seed(settings.seed, "dropout", epoch))
+        order = np.argsort(keyed.bits(settings.seed, "fine_tune_order", epoch, np.arange(len(rows))), kind="stable")
+        for first in range(0, len(rows), settings.batch_size):
+            batch = collate([rows[index] for index in order[first : first + settings.batch_size]])
+            with autocast(model, settings.precision):
+                loss = model(**_on_device(batch, model)).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_([*decays, *others], MAX_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        yield epoch + 1
+
+
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], Batch],
+    batch_size: int,
+    precision: str,
+    length: Callable[[Row], int],
+) -> list[Any]:
+    """What the model says of each row, in the order of the rows: a tuple with its outputs, fp32 on the CPU. Rows of
+    like `length` share a batch."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda index: length(rows[index]))
+    said: list[Any] = [None] * len(rows)
+    for first in range(0, len(rows), batch_size):
+        indices = order[first : first + batch_size]
+        batch = collate([rows[index] for index in indices])
+        with autocast(model, precision):
+            outputs = model(**_on_device(batch, model))
+        columns = [value.float().cpu() for name, value in outputs.items() if name != "loss"]
+        for index, *values in zip(indices, *columns, strict=True):
+            said[index] = tuple(values)
+    return said
+
+
+def autocast(model: PreTrainedModel, precision: str) -> torch.autocast:
+    """Matrix products in bf16 or fp16, or with fp32 as they are."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _on_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    return {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}

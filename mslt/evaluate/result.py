@@ -1,0 +1,27 @@
+"""What an evaluation leaves in its folder, and of which settings: another's is refused, not overwritten."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mslt.errors import MsltError
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result at `path`, None where there is none. MsltError where it is of other settings, or no result."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        refuse_other(path, dict(result["settings"]), settings)
+    except (ValueError, KeyError, TypeError):
+        raise MsltError(f"{path}: is no result of mslt's; give another --out, or move it away") from None
+    return result
+
+
+def refuse_other(path: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """MsltError where what lies there was made with other settings."""
+    names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if names:
+        changes = ", ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in names)
+        raise MsltError(f"{path}: is the result of other settings ({changes}); give another --out, or move it away")

@@ -1,0 +1,82 @@
+"""What papers report: figures to stand beside ours, never in their place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One row of a table of Yang et al. 2020 (arXiv:2011.13635): percent by task, hours where they are given.
+    Metrics are those of the preset `mslt`."""
+
+    name: str
+    scores: dict[str, float]
+    steps: int
+    hours: float | None = None
+
+
+_EIGHT = ("MNLI", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE", "average")
+_SEVEN = ("MNLI", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "average")
+
+
+def _row(name: str, tasks: tuple[str, ...], figures: str, steps: int, hours: float | None = None) -> Reported:
+    return Reported(name, dict(zip(tasks, map(float, figures.split()), strict=True)), steps, hours)
+
+
+# Validation splits, medians of five runs: all after 1M steps, and after like times.
+EQUAL_STEPS = (
+    _row("Base, in stages", _EIGHT, "84.3 87.9 91.2 92.2 61.1 89.5 91.2 69.3 83.3", 1_000_000),
+    _row("Base, full", _EIGHT, "84.4 88.0 91.5 92.7 61.2 89.7 89.7 70.2 83.4", 1_000_000),
+    _row("Large, in stages", _EIGHT, "86.2 88.5 92.6 93.2 64.5 90.2 92.2 74.1 85.2", 1_000_000),
+    _row("Large, full", _EIGHT, "86.5 88.9 93.0 93.6 64.0 90.4 91.7 74.5 85.3", 1_000_000),
+)
+EQUAL_TIME = (
+    _row("Base, in stages", _SEVEN, "84.3 91.2 92.2 89.5 91.2 69.3 86.3", 1_000_000, 40),
+    _row("Base, full", _SEVEN, "83.3 90.6 91.2 89.2 89.2 68.9 85.4", 480_000, 41),
+    _row("Large, in stages", _SEVEN, "84.7 91.5 92.1 89.9 91.6 70.7 86.8", 500_000, 42),
+    _row("Large, full", _SEVEN, "84.1 90.8 91.1 89.2 88.9 68.5 85.4", 230_000, 42),
+)
+TEST = (
+    _row("Base, in stages", _EIGHT, "83.9 71.0 90.4 93.0 56.6 84.1 89.2 68.0 79.5", 1_000_000),
+    _row("Base, full", _EIGHT, "84.2 71.4 90.7 93.5 57.2 84.4 88.8 68.1 79.8", 1_000_000),
+    _row("Large, in stages", _EIGHT, "85.9 71.9 92.4 94.1 60.5 85.8 89.9 69.8 81.3", 1_000_000),
+    _row("Large, full", _EIGHT, "86.4 72.1 92.8 94.7 60.6 86.1 89.1 70.2 81.5", 1_000_000),
+)
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """A row of Table 1 of Xin et al. 2020 (arXiv:2004.12993): of the whole model the score in percent, below it what an
+    exit threshold, a smaller model or fewer layers lose, and the share of time saved. Test splits by GLUE's server, one
+    row at a time on a P100; F1 of MRPC and QQP, of MNLI the matched half."""
+
+    model: str
+    method: str
+    scores: dict[str, float]
+    savings: dict[str, float]
+
+
+_EXIT_TASKS = ("SST-2", "MRPC", "QNLI", "RTE", "QQP", "MNLI")
+
+
+def _exit_row(model: str, method: str, figures: str, savings: str = "") -> EarlyExit:
+    scores, saved = figures.split(), savings.split()
+    return EarlyExit(
+        model,
+        method,
+        {task: float(score) for task, score in zip(_EXIT_TASKS, scores, strict=True) if score != "-"},
+        {task: float(share) for task, share in zip(_EXIT_TASKS, saved, strict=bool(saved)) if share != "-"},
+    )
+
+
+EARLY_EXIT = (
+    _exit_row("BERT-base", "whole", "93.6 88.2 91.0 69.9 71.4 83.9"),
+    _exit_row("BERT-base", "DistilBERT", "-1.4 -1.1 -2.6 -9.4 -1.1 -4.5", "40 40 40 40 40 40"),
+    _exit_row("BERT-base", "DeeBERT", "-0.2 -0.3 -0.1 -0.4 -0.0 -0.0", "21 14 15 9 24 14"),
+    _exit_row("BERT-base", "DeeBERT", "-0.6 -1.3 -0.7 -0.6 -0.1 -0.8", "40 31 29 11 39 25"),
+    _exit_row("BERT-base", "DeeBERT", "-2.1 -3.0 -3.1 -3.2 -2.0 -3.9", "47 44 44 33 49 37"),
+    _exit_row("RoBERTa-base", "whole", "94.3 90.4 92.4 67.5 71.8 87.0"),
+    _exit_row("RoBERTa-base", "LayerDrop", "-1.8 - - - - -4.1", "50 - - - - 50"),
+    _exit_row("RoBERTa-base", "DeeBERT", "0.1 0.1 -0.1 -0.6 0.1 -0.0", "26 25 25 32 32 19"),
+    _exit_row("RoBERTa-base", "DeeBERT", "-0.0 0.2 -0.5 -0.4 -0.0 -0.1", "33 28 30 33 39 23"),
+    _exit_row("RoBERTa-base", "DeeBERT", "-1.8 -1.1 -2.5 -1.1 -0.6 -3.9", "44 38 39 35 44 29"),
+)

