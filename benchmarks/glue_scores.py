@@ -24,13 +24,14 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="what was fine-tuned")
     parser.add_argument("--record", type=Path, required=True)
     arguments = parser.parse_args()
-    rows, provenance = [], {}
+    rows, provenances = [], []
     for folder in arguments.grids:
-        grid = json.loads((folder / "grid.json").read_text())
+        provenances.append(json.loads((folder / "grid.json").read_text())["provenance"])
         found = json.loads((folder / "results.json").read_text())
-        provenance = grid["provenance"]
         for task, entry in found["tasks"].items():
-            rows.append(_row(task, entry, grid, folder, arguments.data_dir))
+            rows.append(_row(task, entry, found["settings"]["max_train_rows"], arguments.data_dir))
+    commits = sorted({provenance["commit"] for provenance in provenances})
+    provenance = {**provenances[0], "commit": ", ".join(commits)}
     columns = ["task", "metric", "median", "mean ± deviation", "runs", "one answer", "all metrics, means", "training"]
     lines = [
         *heading(f"GLUE: {arguments.name}", this_command(), provenance, hardware()),
@@ -42,7 +43,7 @@ def main() -> None:
     write_record(arguments.record, lines)
 
 
-def _row(task_name: str, entry: dict[str, Any], grid: dict[str, Any], folder: Path, data_dir: Path) -> list[str]:
+def _row(task_name: str, entry: dict[str, Any], max_train_rows: int | None, data_dir: Path) -> list[str]:
     task = TASKS[task_name]
     constant = {}
     for split in task.validation:
@@ -54,11 +55,10 @@ def _row(task_name: str, entry: dict[str, Any], grid: dict[str, Any], folder: Pa
         for split in entry["scores"].values()
         for metric, values in split.items()
     ]
-    cell = json.loads(next((folder / "cells" / task_name).glob("*.json")).read_text())["cell"]
-    rows = grid["max_train_rows"]
+    done = entry["protocol"]
     training = (
-        f"{'all' if rows is None else f'{rows:,}'} rows, {cell['settings']['num_epochs']} epochs, "
-        f"{entry['best'].replace('_', ', ')}, {cell['max_tokens']} tokens"
+        f"{'all' if max_train_rows is None else f'{max_train_rows:,}'} rows, {done['num_epochs']} epochs, "
+        f"{entry['best'].replace('_', ', ')}, {done['max_tokens']} tokens"
     )
     spread = f"{entry['mean']:.3f}" + ("" if entry["deviation"] is None else f" ± {entry['deviation']:.3f}")
     return [
