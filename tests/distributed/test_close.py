@@ -22,6 +22,7 @@ from mslt.train import build_module
 from tests.distributed.probe import alone
 
 STAGES_IN_A_ROW = 5
+LIVE_BYTES = 1024  # what other threads may hold for a moment; a stage's weights are a hundred times that
 GROWTH_BYTES = 30_000_000  # of the process from the second stage to the last; the buckets of one stage are more
 
 
@@ -51,7 +52,7 @@ def test_five_stages_in_one_process_leave_nothing(
         if index in (1, STAGES_IN_A_ROW - 1):
             live_bytes.append(bytes_of_live_tensors())
             process_bytes.append(psutil.Process().memory_info().rss)
-    assert live_bytes[0] == live_bytes[1]
+    assert live_bytes[1] < live_bytes[0] + LIVE_BYTES
     assert process_bytes[1] < process_bytes[0] + GROWTH_BYTES
 
 
