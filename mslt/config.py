@@ -154,6 +154,14 @@ class WatchConfig(Frozen):
     loader_workers: NonNegativeInt = 0
 
 
+class CardConfig(Frozen):
+    """What the model card of every stage says beside what is known: names as the Hugging Face hub has them, such as
+    `apache-2.0` and `en`. A licence is the author's to choose: none is assumed."""
+
+    license: str = "unknown"
+    language: str | None = None
+
+
 class Recipe(Frozen):
     model: ModelConfig
     data: DataConfig
@@ -162,6 +170,7 @@ class Recipe(Frozen):
     optimizer: OptimizerConfig
     engine: str = "zero0_fp32"
     watch: WatchConfig = WatchConfig()
+    card: CardConfig = CardConfig()
 
 
 def parse_recipe(sections: Any, where: str) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from mslt.config import DataConfig, ModelConfig, OptimizerConfig
+from mslt.config import CardConfig, DataConfig, ModelConfig, OptimizerConfig
 from mslt.errors import MsltError
 from mslt.files import canonical_json, sha256_text
 from mslt.growth import Sources
@@ -115,6 +115,7 @@ class Plan(Frozen):
     compile: Literal["none", "frozen", "all"]
     engine: dict[str, Any]
     stages: tuple[Stage, ...]
+    card: CardConfig = CardConfig()
 
     @model_validator(mode="after")
     def sources_exist(self) -> "Plan":
@@ -136,10 +137,10 @@ class Plan(Frozen):
 
     def deciding(self) -> dict[str, Any]:
         """Everything that decides what is learned. Where the shards lie does not, nor how many bad batches are borne,
-        nor what only rounds otherwise and draws other dropout masks: how many samples are computed at once, and
-        compiled layers."""
+        nor what a model card says, nor what only rounds otherwise and draws other dropout masks: how many samples are
+        computed at once, and compiled layers."""
         stages = {"__all__": {"micro_batch_size"}}
-        free: Any = {"data": {"shards"}, "skip_bad_batches": True, "compile": True, "stages": stages}
+        free: Any = {"data": {"shards"}, "skip_bad_batches": True, "compile": True, "card": True, "stages": stages}
         return self.model_dump(mode="json", exclude=free)
 
     def can_be_shared_by(self, world_size: int) -> bool:
@@ -187,3 +188,32 @@ def autocast_dtype(engine: dict[str, Any]) -> Literal["bfloat16", "float16"] | N
     """The type that matrix products are computed in, None for fp32."""
     section = engine.get("torch_autocast", {})
     return section["dtype"] if section.get("enabled") else None
+
+
+def _runs(indices: tuple[int, ...]) -> str:
+    """(0, 1, 2, 0, 1) as `0-2,0-1`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def sources_in_words(stage: Stage) -> str:
+    """`0-2,0-2`, or `random`."""
+    copied = tuple(source for source in stage.sources if source != "random")
+    if len(copied) == stage.depth:
+        return _runs(copied)
+    return ",".join(map(str, stage.sources)) if copied else "random"
+
+
+def trainable_in_words(stage: Stage) -> str:
+    """`all`, or `layers 3-5, heads`."""
+    if not stage.frozen:
+        return "all"
+    layers = tuple(index for index in range(stage.depth) if layer_slots(index, index + 1)[0] in stage.trainable)
+    others = [slot for slot in ("embeddings", *HEAD_SLOTS) if slot in stage.trainable]
+    heads = ["heads" if set(HEAD_SLOTS) <= set(others) else ", ".join(others)]
+    return f"layers {_runs(layers)}, {heads[0]}"

@@ -87,6 +87,7 @@ def make_plan(recipe: Recipe, engine: dict[str, Any], shards_sha256: str | None 
         compile=training.compile,
         engine=engine,
         stages=tuple(stages),
+        card=recipe.card,
     )
 
 

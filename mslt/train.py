@@ -25,6 +25,7 @@ from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
 from mslt.files import sha256_file, wait_until_seen, write_json
 from mslt.logs import LOG
+from mslt.model_card import Evaluations, model_card
 from mslt.models import dropout, factory
 from mslt.models.checkpoint import load_state, save_base, save_model_folder
 from mslt.models.compiling import why_no_compiler
@@ -417,7 +418,9 @@ def _finish(job: Job, stage_index: int, engine: Engine, progress: Progress, loop
         **provenance(),
     }
     model = factory.build(job.plan.model, stage.depth, state)
-    save_model_folder(where.model, model, job.training.tokenizer_folder, origin)
+    evaluations = [*_evaluations_before(job, stage_index), (progress.evaluation_before, progress.evaluation_after)]
+    card = model_card(job.plan, job.training.manifest, evaluations, origin)
+    save_model_folder(where.model, model, job.training.tokenizer_folder, origin, card)
     progress.spend("finish", time.perf_counter() - loop_ended)
     summary = {
         "stage": stage_index + 1,
@@ -454,7 +457,16 @@ def _refuse_moved_weights(job: Job, stage_index: int, state: State, base: State)
             LOG.warning(f"warning: rank {rank} has come to other weights than rank 0, whose are kept")
 
 
+def _summaries_before(job: Job, stage_index: int) -> list[dict[str, Any]]:
+    return [json.loads(job.run.stage(index).summary.read_text()) for index in range(stage_index)]
+
+
+def _evaluations_before(job: Job, stage_index: int) -> list[Evaluations]:
+    """Held-out means before and after each stage before."""
+    found = _summaries_before(job, stage_index)
+    return [(summary["evaluation_before"], summary["evaluation_after"]) for summary in found]
+
+
 def _seconds_before(job: Job, stage_index: int) -> float:
     """Training time of all stages before."""
-    summaries = (job.run.stage(index).summary for index in range(stage_index))
-    return float(sum(json.loads(summary.read_text())["spent_s"]["train"] for summary in summaries))
+    return float(sum(summary["spent_s"]["train"] for summary in _summaries_before(job, stage_index)))

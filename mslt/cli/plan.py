@@ -13,7 +13,7 @@ from mslt.engine.ds_config import read_engine_config, reduced_bytes, zero_stage
 from mslt.errors import MsltError
 from mslt.forecast import OWN, Forecast, advice, duration, forecasts, proposal
 from mslt.hardware import GPUS, Cluster, cluster_costs
-from mslt.plan import HEAD_SLOTS, Plan, Stage, autocast_dtype, layer_slots
+from mslt.plan import Plan, autocast_dtype, sources_in_words, trainable_in_words
 from mslt.schedule import lr_at, make_plan
 
 
@@ -154,7 +154,7 @@ def _print(recipe: str, made: Plan, costs: list[StageCost]) -> None:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for number, (stage, cost) in enumerate(zip(made.stages, costs, strict=True), 1):
         table.add_row(
-            str(number), str(stage.depth), _sources(stage), _trainable(stage), f"{stage.steps:,}",
+            str(number), str(stage.depth), sources_in_words(stage), trainable_in_words(stage), f"{stage.steps:,}",
             f"{lr_at(stage, 0):.3g} to {lr_at(stage, stage.steps - 1):.3g}",
             f"{cost.total_parameters:,}", f"{cost.trainable_parameters:,}",
             f"{cost.fp32_gradient_bytes / 1e6:.2f} MB", f"{cost.half_gradient_bytes / 1e6:.2f} MB",
@@ -171,30 +171,3 @@ def _print(recipe: str, made: Plan, costs: list[StageCost]) -> None:
             f"sequences only after a phase at that length, or set model.max_position_embeddings to {trained}."
         )
     print(f"Mean gradient of a step: {mean:,.0f} parameters, {mean / full:.1%} of the whole model's {full:,}.")
-
-
-def _runs(indices: tuple[int, ...]) -> str:
-    """(0, 1, 2, 0, 1) as `0-2,0-1`."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _sources(stage: Stage) -> str:
-    copied = tuple(source for source in stage.sources if source != "random")
-    if len(copied) == stage.depth:
-        return _runs(copied)
-    return ",".join(map(str, stage.sources)) if copied else "random"
-
-
-def _trainable(stage: Stage) -> str:
-    if not stage.frozen:
-        return "all"
-    layers = tuple(index for index in range(stage.depth) if layer_slots(index, index + 1)[0] in stage.trainable)
-    others = [slot for slot in ("embeddings", *HEAD_SLOTS) if slot in stage.trainable]
-    heads = ["heads" if set(HEAD_SLOTS) <= set(others) else ", ".join(others)]
-    return f"layers {_runs(layers)}, {heads[0]}"

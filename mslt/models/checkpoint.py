@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.data import keyed
 from mslt.errors import MsltError
-from mslt.files import sha256_file, whole_file, whole_folder, write_json
+from mslt.files import sha256_file, whole_file, whole_folder, write_json, write_text
 from mslt.growth import Sources
 from mslt.models import families
 from mslt.models.factory import fill, own_state, read_model
@@ -59,12 +59,14 @@ def save_base(path: Path, description: Path, state: State, origin: dict[str, Any
     write_json(description, {"sha256": sha256_file(path), **origin})
 
 
-def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, origin: dict[str, Any]) -> None:
-    """A folder that `AutoModelForPreTraining.from_pretrained` and `AutoTokenizer.from_pretrained` load as it is."""
+def save_model_folder(path: Path, model: PreTrainedModel, tokenizer: Path, origin: dict[str, Any], card: str) -> None:
+    """A folder that `AutoModelForPreTraining.from_pretrained` and `AutoTokenizer.from_pretrained` load as it is, with
+    a model card for the hub."""
     with whole_folder(path) as temporary, system_errors(path):
         model.save_pretrained(temporary)
         for file in tokenizer.iterdir():
             shutil.copy(file, temporary / file.name)
+        write_text(temporary / "README.md", card)
         write_json(temporary / "provenance.json", origin)
 
 

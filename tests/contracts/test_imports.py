@@ -15,7 +15,7 @@ PLAIN = (
 FLOORS = [
     {"mslt", *(f"mslt.{name}" for name in PLAIN)},
     {"mslt.data"},
-    {"mslt.models", "mslt.heads"},
+    {"mslt.models", "mslt.heads", "mslt.model_card"},
     {"mslt.engine"},
     {
         "mslt.train",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForPreTraining, AutoTokenizer
@@ -30,8 +32,8 @@ FAMILY = families.FAMILIES["bert"]
 def finished(tmp_path_factory: pytest.TempPathFactory, shards: Path, tiny_sections: dict[str, Any]) -> RunDir:
     """A finished run of the tiny recipe on two workers."""
     folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder / "recipe.yaml", tiny_sections)
-    train(recipe, shards, folder / "run", workers=2)
+    sections = {**tiny_sections, "card": {"license": "apache-2.0", "language": "en"}}
+    train(write_recipe(folder / "recipe.yaml", sections), shards, folder / "run", workers=2)
     return RunDir(folder / "run")
 
 
@@ -46,6 +48,24 @@ def test_each_stage_moves_exactly_what_its_plan_trains(finished: RunDir) -> None
         for name, tensor in base.items():
             moved = not torch.equal(tensor, end[name])
             assert moved == (families.slot_of(FAMILY, name) in stage.trainable), (index + 1, name)
+
+
+def test_every_stage_has_a_card_that_the_hub_reads(finished: RunDir) -> None:
+    plan, summaries = read_plan(finished), read_summaries(finished)
+    for index, summary in enumerate(summaries):
+        card = ModelCard.load(finished.stage(index).model / "README.md")
+        assert card.data.to_dict() == {
+            "language": "en", "license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "fill-mask",
+            "tags": ["bert", "pretraining", "mslt"],
+        }  # fmt: skip
+        assert f"end of stage {index + 1} of {len(plan.stages)}" in card.text
+        assert f"| {summary['evaluation_after']['mlm_loss']:.4f} nats |" in card.text
+        rows = [line.split("|")[1:-1] for line in card.text.splitlines() if re.match(r"\| \d+ \|", line)]
+        assert [float(row[-1]) for row in rows] == [
+            round(each["evaluation_after"]["mlm_loss"], 4) for each in summaries[: index + 1]
+        ]
+        assert ("intermediate state" in card.text) == (index + 1 < len(plan.stages))
+        assert "No licence" not in card.text
 
 
 def test_growth_copies_and_the_copies_then_differ_from_their_sources(finished: RunDir) -> None:
@@ -218,4 +238,4 @@ def test_told_to_leave_it_saves_and_leaves_no_process_behind_and_goes_on_with_ot
 def test_plan_in_the_run_directory_is_the_plan_of_the_recipe(finished: RunDir, tiny_plan: Plan) -> None:
     stored = read_plan(finished)
     assert stored.shards_sha256 is not None
-    assert stored.model_copy(update={"shards_sha256": None}) == tiny_plan
+    assert stored.model_copy(update={"shards_sha256": None, "card": tiny_plan.card}) == tiny_plan

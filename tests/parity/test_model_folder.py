@@ -27,7 +27,7 @@ def state(tiny_model: ModelConfig) -> State:
 @pytest.fixture
 def folder(tiny_model: ModelConfig, state: State, tmp_path: Path, shards: Path) -> Path:
     model = factory.build(tiny_model, 4, state)
-    save_model_folder(tmp_path / "model", model, open_shards(shards, "train").tokenizer_folder, PROVENANCE)
+    save_model_folder(tmp_path / "model", model, open_shards(shards, "train").tokenizer_folder, PROVENANCE, "")
     return tmp_path / "model"
 
 
@@ -94,7 +94,7 @@ def test_folder_is_replaced_whole(folder: Path, tiny_model: ModelConfig, shards:
     (folder / "stale").write_text("from an interrupted run")
     state = factory.initial_state(tiny_model, 2, seed=1)
     model = factory.build(tiny_model, 2, state)
-    save_model_folder(folder, model, open_shards(shards, "train").tokenizer_folder, {})
+    save_model_folder(folder, model, open_shards(shards, "train").tokenizer_folder, {}, "")
     assert not (folder / "stale").exists()
     assert factory.read_model(folder).config.num_hidden_layers == 2
 

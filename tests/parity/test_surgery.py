@@ -98,7 +98,7 @@ def test_state_survives_base_file_and_model_folder(
     assert about["stage"] == 2
     assert len(about["sha256"]) == 64
     model = factory.build(tiny_model, 6, grown)
-    save_model_folder(tmp_path / "model", model, open_shards(shards, "train").tokenizer_folder, {})
+    save_model_folder(tmp_path / "model", model, open_shards(shards, "train").tokenizer_folder, {}, "")
     read = factory.read_model(tmp_path / "model")
     assert equal(factory.own_state(read), grown)
     assert read.config.num_hidden_layers == 6
@@ -184,7 +184,7 @@ def test_sources_that_say_nothing_are_refused(text: str) -> None:
 def folder(tiny_model: ModelConfig, state: State, tmp_path: Path, shards: Path) -> Path:
     """A saved 3-layer model with its tokenizer, as a stage's end leaves it, and one file of the user's."""
     model = factory.build(tiny_model, 3, state)
-    save_model_folder(tmp_path / "in", model, open_shards(shards, "train").tokenizer_folder, {"stage": 1})
+    save_model_folder(tmp_path / "in", model, open_shards(shards, "train").tokenizer_folder, {"stage": 1}, "")
     (tmp_path / "in/README.md").write_text("mine")
     return tmp_path / "in"
 

@@ -440,7 +440,7 @@ def test_a_model_folder_on_a_full_disk_is_the_systems_error_and_leaves_nothing(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
     model = factory.build(tiny_plan.model, 1, factory.initial_state(tiny_plan.model, 1, 0))
     with pytest.raises(OSError, match=r"make room and run the same command again: .*model") as raised:
-        save_model_folder(tmp_path / "model", model, tmp_path, {})
+        save_model_folder(tmp_path / "model", model, tmp_path, {}, "")
     assert raised.value.errno == errno.ENOSPC
     assert kind_of(raised.value) == "mistake", "it is not started again"
     assert not list(tmp_path.iterdir())
