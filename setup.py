@@ -12,11 +12,13 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["mslt", "mslt.*", "data_prep"]), "mslt.recipes", "mslt.ds_configs"],
     package_dir={"mslt.recipes": "launch/recipes", "mslt.ds_configs": "ds_configs"},
-    package_data={"mslt.recipes": ["*.yaml"], "mslt.ds_configs": ["*.json"]},
+    package_data={"mslt.recipes": ["*.yaml"], "mslt.ds_configs": ["*.json"], "mslt.report": ["*.jinja"]},
     # Lower ends: the test suite ran with exactly these (torch apart: 2.13), upper ends are the next major version.
     install_requires=[
+        "altair>=5.5,<7",
         "datasets>=4.5,<6",
         "deepspeed>=0.19.8,<0.20",
+        "jinja2>=3",
         "matplotlib>=3.9,<4",
         "mwparserfromhell>=0.7.2,<0.8",
         "numpy>=2,<3",
@@ -35,6 +37,7 @@ setup(
         "torch>=2.11,<3",
         "transformers>=5.10,<6",
         "typer>=0.15,<1",
+        "vl-convert-python>=1.7,<2",
     ],
     extras_require={
         "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],

@@ -1,7 +1,5 @@
 """What every record begins with: date, command, commit, machine, versions."""
 
-import os
-import platform
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ import torch
 from mslt.engine.ds_config import zero_stage
 from mslt.files import write_text
 from mslt.plan import Plan, autocast_dtype
+from mslt.provenance import cpu_name
 
 
 def today() -> str:
@@ -23,13 +22,7 @@ def hardware() -> str:
     """`1 × NVIDIA H200` or `2 cores of AMD EPYC …`."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return cpu_name()
 
 
 def this_command() -> str:

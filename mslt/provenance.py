@@ -1,5 +1,6 @@
 """Where a file comes from: command, commit, versions, machine. Written beside everything that outlives a run."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -24,6 +25,14 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {package: _version(package) for package in _PACKAGES},
     }
+
+
+def cpu_name() -> str:
+    """`2 cores of AMD EPYC …`."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
 def _version(package: str) -> str | None:

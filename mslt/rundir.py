@@ -3,6 +3,7 @@
 run/
   recipe.yaml  plan.json  provenance.json    written once
   metrics.jsonl  tensorboard/
+  starts.jsonl                               a line each time that workers begin or go on with a stage
   diverged.json                              only where training could not go on: when, and why
   left.json                                  only where the workers were told to leave, and saved
   leave                                      made by whoever wants that: `touch` does
@@ -72,6 +73,10 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def starts(self) -> Path:
+        return self.path / "starts.jsonl"
 
     @property
     def diverged(self) -> Path:

@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from mslt import metrics
 from mslt.config import WatchConfig
 from mslt.data import keyed
 from mslt.data.loader import EVALUATION_SEED, Batch, Samples, evaluation_batches, training_batches
@@ -23,7 +25,7 @@ from mslt.engine.ds_config import remarks, zero_stage
 from mslt.engine.engine import Engine, Workers
 from mslt.engine.optimizer import STATE
 from mslt.errors import MsltError
-from mslt.files import sha256_file, wait_until_seen, write_json
+from mslt.files import sha256_file, wait_until_seen, write_json, write_text
 from mslt.logs import LOG
 from mslt.model_card import Evaluations, model_card
 from mslt.models import dropout, factory
@@ -36,7 +38,7 @@ from mslt.models.freezing import freeze
 from mslt.models.int8 import quantize_layers
 from mslt.models.surgery import State, rebuild
 from mslt.plan import Plan, autocast_dtype, lowest_graph_layer
-from mslt.provenance import provenance
+from mslt.provenance import cpu_name, provenance
 from mslt.rundir import RunDir
 from mslt.schedule import lr_at
 from mslt.watch import Watch
@@ -150,6 +152,8 @@ def run_stage(job: Job, stage_index: int, free_since: float) -> float:
         wait_until_seen(written.exists)
     engine = Engine(build_module(plan, stage_index, load_state(where.base)), plan, stage_index, workers)
     progress = _resume(job, stage_index, engine, chosen)
+    if workers.rank == 0:
+        _note_start(job, stage_index, progress.step)
     watcher = Watch(plan, job.run, stage_index, progress.step) if workers.rank == 0 else None
     try:
         _steps(job, stage_index, engine, progress, watcher, free_since)
@@ -165,6 +169,27 @@ def run_stage(job: Job, stage_index: int, free_since: float) -> float:
     engine.close()
     workers.barrier()
     return finished
+
+
+def _note_start(job: Job, stage_index: int, step: int) -> None:
+    """A line in starts.jsonl, before what was logged behind `step` is dropped: these steps are taken again."""
+    begun_at = job.plan.first_step(stage_index) + step
+    logged = max((record["step"] for record in metrics.read(job.run.metrics)), default=0)
+    device, versions = job.workers.device, provenance()
+    line = json.dumps(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "stage": stage_index + 1,
+            "step": begun_at,
+            "steps_again": max(logged - begun_at, 0),
+            "workers": job.workers.size,
+            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "mslt": versions["mslt"],
+            "commit": versions["commit"],
+        }
+    )
+    before = job.run.starts.read_text() if job.run.starts.exists() else ""
+    write_text(job.run.starts, f"{before}{line}\n")
 
 
 def _ensure_start(job: Job, stage_index: int) -> checkpoint.Checkpoint | None:

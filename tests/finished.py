@@ -6,7 +6,9 @@ from pathlib import Path
 from mslt import metrics
 from mslt.files import write_json
 from mslt.plan import Plan
+from mslt.provenance import provenance
 from mslt.rundir import RunDir, open_run
+from mslt.schedule import lr_at
 
 REDUCED_BYTES = 1000  # of a step
 
@@ -16,7 +18,7 @@ def write_finished(
 ) -> Path:
     """A run whose held-out MLM loss after so many steps is `loss_at`. A step of each stage takes `step_s`. Losses are
     logged `every` so many steps, and at the borders of stages."""
-    run = open_run(path, plan, "", {})
+    run = open_run(path, plan, "", provenance())
     spent_s = 0.0
     for index, (stage, each_s) in enumerate(zip(plan.stages, step_s, strict=True)):
         first = plan.first_step(index)
@@ -34,6 +36,7 @@ def write_finished(
                 "step": first + done,
                 "train_s": spent_s + done * each_s,
                 "mlm_loss": loss_at(first + done) + 0.1,
+                "learning_rate": lr_at(stage, done - 1),
             }
             metrics.append(run.metrics, {"kind": "train", "stage": index + 1, **trained})
             means = evaluated(first + done)

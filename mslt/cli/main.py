@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, train
+from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, report, train
 from mslt.errors import MsltError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 app.command("grow")(grow.grow)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("attention")(attention.attention)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mslt import metrics
 from mslt import train as training
 from mslt.config import parse_recipe
 from mslt.data.loader import Batch, Samples, evaluation_batches
@@ -237,6 +238,9 @@ def test_a_lost_parent_is_refused_with_carry_and_the_remedy_named_gives_the_same
     assert job.run.first_unfinished(job.plan) == 0
     training.run_stage(job, 0, time.perf_counter())
     assert f"resuming stage 1 at step {STEPS - 1}" in capsys.readouterr().err
+    *_, begun, again_from = metrics.read(job.run.starts)
+    assert (begun["step"], begun["steps_again"]) == (0, 0)
+    assert (again_from["stage"], again_from["step"], again_from["steps_again"]) == (1, STEPS - 1, 1)
     for kind, tensors in held(newest(job, 0)).items():
         assert all(torch.equal(tensor, whole[kind][name]) for name, tensor in tensors.items())
     assert training._ensure_start(job, 1) is not None
