@@ -81,7 +81,7 @@ def _row(folder: Path, data_dir: Path) -> list[str]:
     by_kind = [sweep(kept, rules) for rules in (entropy_rules(kept), patience_rules(kept))]
     cells = []
     for points, drop in ((by_kind[0], DROP), (by_kind[1], DROP), (by_kind[0], 4 * DROP)):
-        best = best_within(points, kept.metric, alone[-1], drop)
+        best = best_within([(each, each.saving, alone[-1] - each.scores[kept.metric]) for each in points], drop)
         cells.append("–" if best is None else f"{best.saving:.1%} ({best.rule})")
     return [" ".join(f"{100 * score:.1f}" for score in alone), f"{100 * alone[-1]:.1f}", *cells]
 

@@ -1,7 +1,6 @@
 """`mslt exit`: leave at the first layer that is sure."""
 
 import json
-import sys
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
@@ -30,6 +29,10 @@ TaskName = Annotated[
 Split = Annotated[str | None, typer.Option(help="Default: the (first) validation split.", show_default=False)]
 Subset = Annotated[bool, typer.Option("--subset", help="The files hold a part of GLUE; do not count rows.")]
 MaxRows = Annotated[int | None, typer.Option(min=1, help="The first so many rows.", show_default=False)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once; those of like length.")]
+CheckEvery = Annotated[
+    int, typer.Option(min=0, help="Ask the device after so many layers who is done, 0: at the end. For a GPU, to try.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threshold = Annotated[
     list[float] | None,
@@ -39,7 +42,10 @@ Patience = Annotated[
     int | None,
     typer.Option(help="Leave where so many exits in a row agree with the one before.", show_default=False),
 ]
-Tolerance = Annotated[float, typer.Option(help="With --patience on a regression: scores so near agree.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="With --patience on a regression: scores less than that apart agree.", show_default=False),
+]
 
 
 @app.command("train")
@@ -56,8 +62,8 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     data_dir: Data = None,
     preset: Annotated[
-        Literal["paper", "paper-code", "quick"],
-        typer.Option(help="Rates, batches and epochs: of Xin et al., of their code, or ours for small data."),
+        Literal["paper", "paper-roberta", "paper-code", "paper-code-roberta", "quick"],
+        typer.Option(help="Rates, batches and epochs: of Xin et al., of their code, or ours."),
     ] = "quick",
     ramp_init: Annotated[
         Literal["finetuned", "pretrained", "stages", "random"] | None,
@@ -86,14 +92,14 @@ def train(
             show_default=False,
         ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of fine-tuning.", show_default=False)] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of fine-tuning.", show_default=False)] = None,
-    ramp_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the ramps, with --joint of everything.", show_default=False)
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of fine-tuning, with --joint of everything.", show_default=False)
     ] = None,
-    ramp_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of the ramps, with --joint of everything.", show_default=False)
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of fine-tuning, with --joint of everything.", show_default=False)
     ] = None,
+    ramp_learning_rate: Annotated[float | None, typer.Option(help="Of the ramps.", show_default=False)] = None,
+    ramp_epochs: Annotated[int | None, typer.Option(min=1, help="Of the ramps.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of a row.")] = 128,
     max_train_rows: Annotated[int | None, typer.Option(min=1, help="Train on so many.", show_default=False)] = None,
@@ -109,19 +115,31 @@ def train(
 ) -> None:
     """Train a ramp behind each layer but the last: on a fine-tuned model they alone, the model frozen; on another
     both, one after the other, or with --joint at once."""
+    from mslt.cli.progress import counted_parts
     from mslt.evaluate.exits import PRESETS, make_exits
     from mslt.evaluate.glue import Source
     from mslt.evaluate.glue_tasks import TASKS
-    from mslt.evaluate.opening import locate
+    from mslt.evaluate.opening import locate, open_config
     from mslt.heads.off_ramp import RampOptions
+    from mslt.models.families import is_classifiers_config
 
     _quiet()
     refuse_unknown("--task", task, TASKS)
     source, _ = locate(checkpoint)
+    if joint:
+        _refuse_idle(
+            "with --joint model and ramps train at once", "--learning-rate, --epochs",
+            {"--ramp-learning-rate": ramp_learning_rate, "--ramp-epochs": ramp_epochs},
+        )  # fmt: skip
+    elif is_classifiers_config(open_config(source)):
+        _refuse_idle(
+            f"{checkpoint} is fine-tuned, its ramps alone are trained", "--ramp-learning-rate, --ramp-epochs",
+            {"--learning-rate": learning_rate, "--epochs": epochs},
+        )  # fmt: skip
     training = PRESETS[preset]
-    if joint:  # as a whole model trains
-        training = replace(training, ramps=replace(training.stage_1, num_epochs=training.stage_1.num_epochs + 1))
     stage_1, ramps = training.stage_1, training.ramps
+    if joint:  # as a whole model trains, an epoch longer
+        stage_1 = replace(stage_1, num_epochs=stage_1.num_epochs + 1)
     if learning_rate is not None:
         stage_1 = replace(stage_1, learning_rate=learning_rate)
     if epochs is not None:
@@ -135,17 +153,18 @@ def train(
     training = replace(
         training,
         stage_1=replace(stage_1, seed=seed),
-        ramps=replace(ramps, seed=seed),
+        ramps=replace(stage_1 if joint else ramps, seed=seed),
         max_tokens=max_tokens,
         joint=joint,
         distillation=distillation,
         backbone_dropout=training.backbone_dropout if backbone_dropout is None else backbone_dropout,
         options=RampOptions(ramp_init or training.options.initial, pooling),
     )
-    found = make_exits(
-        Source(source, tokenizer, data_dir, subset, max_train_rows, new_pooler),
-        TASKS[task], training, out, _device(), _tell, ramp_init_from,
-    )  # fmt: skip
+    with counted_parts() as tell:
+        found = make_exits(
+            Source(source, tokenizer, data_dir, subset, max_train_rows, new_pooler),
+            TASKS[task], training, out, _device(), tell, ramp_init_from,
+        )  # fmt: skip
     what = {"ramps": "ramps on the model as it is", "both": "the model, then its ramps", "joint": "model and ramps"}
     if as_json:
         typer.echo(json.dumps({"out": str(out), **found}, indent=2))
@@ -158,8 +177,9 @@ def evaluate(
     folder: Folder,
     threshold: Threshold = None,
     patience: Patience = None,
-    tolerance: Tolerance = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; those of like length.")] = 32,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = 32,
+    check_every: CheckEvery = 1,
     task: TaskName = None,
     data_dir: Data = None,
     split: Split = None,
@@ -169,13 +189,16 @@ def evaluate(
 ) -> None:
     """Run with rows leaving: the task's metrics, the saving, and where rows left. Without a rule, the one that
     `mslt exit calibrate` chose."""
+    from mslt.cli.progress import counted
     from mslt.evaluate.exit_sweep import as_plain
+    from mslt.evaluate.exits import run_exits
     from mslt.heads.exit_rule import counts, expected_saving
 
     opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
     rule = _rule(folder, threshold, patience, tolerance)
     _refuse_unfit(opened, rule)
-    exited = _run(opened, rows, rule, batch_size)
+    with counted("rows") as progress:
+        exited = run_exits(opened, rows, rule, batch_size, progress, check_every)
     num_leaving = counts(exited[1], opened.exits.num_exits)
     found: dict[str, Any] = {
         "exits": str(folder), "task": opened.task.name, "rows": len(rows), "rule": as_plain(rule),
@@ -242,8 +265,9 @@ def bench(
         ),
     ] = None,
     patience: Annotated[list[int] | None, typer.Option(help="Instead; several times for several.")] = None,
-    tolerance: Tolerance = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once; those of like length.")] = 1,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = 1,
+    check_every: CheckEvery = 1,
     turns: Annotated[int, typer.Option(min=1, help="How often each is timed, in turn.")] = 5,
     task: TaskName = None,
     data_dir: Data = None,
@@ -258,6 +282,7 @@ def bench(
     from mslt.evaluate.exit_bench import bench as run_bench
     from mslt.evaluate.exit_bench import plain
     from mslt.evaluate.exit_sweep import rules_near
+    from mslt.evaluate.exits import origin
     from mslt.files import write_json
     from mslt.heads.exit_rule import by_entropy, by_patience
 
@@ -268,7 +293,10 @@ def bench(
     for rule in rules:
         _refuse_unfit(opened, rule)
     with counted("turns") as progress:
-        found = plain(str(folder), opened, run_bench(opened, rows, rules, batch_size, turns, progress))
+        timed = run_bench(opened, rows, rules, batch_size, turns, progress, check_every)
+    settings = {"batch_size": batch_size, "turns": turns, "check_every": check_every, "split": split, "subset": subset,
+                "max_rows": max_rows}  # fmt: skip
+    found = {**plain(str(folder), opened, timed), **origin(opened, rows, settings)}
     write_json(folder / f"bench-{opened.task.name}-{batch_size}.json", found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -288,12 +316,15 @@ def calibrate(
         typer.Option(help="Most that the metric may fall, in points: 0.5 of 100.", show_default=False),
     ] = None,
     max_ms: Annotated[
-        float | None, typer.Option(help="Most milliseconds that a row on its own may take.", show_default=False)
+        float | None,
+        typer.Option(help="Most milliseconds that a row on its own may take, measured.", show_default=False),
     ] = None,
     by: Annotated[Literal["entropy", "patience"], typer.Option(help="What rows leave by.")] = "entropy",
     per_layer: Annotated[
         bool,
-        typer.Option("--per-layer", help="A threshold for each layer, with --max-drop; fits few rows too closely."),
+        typer.Option(
+            "--per-layer", help="A threshold for each layer, with --max-drop. To try: more to fit, so more rows."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the halves and the interval.")] = 0,
     task: TaskName = None,
@@ -315,17 +346,29 @@ def calibrate(
         raise MsltError(f"--max-ms {max_ms}: give milliseconds, more than 0")
     from dataclasses import asdict
 
-    from mslt.evaluate.exit_bench import seconds_to_exits
-    from mslt.evaluate.exit_sweep import as_plain
+    from mslt.cli.progress import counted
+    from mslt.evaluate.exit_bench import seconds_a_row, seconds_to_exits
+    from mslt.evaluate.exit_sweep import Clock, as_plain
     from mslt.evaluate.exit_sweep import calibrate as choose
+    from mslt.evaluate.exits import origin
     from mslt.files import write_json
 
     opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
     kept = _kept(opened, rows)
-    seconds = None if max_ms is None else seconds_to_exits(opened, rows[:64])
     share = None if max_drop is None else max_drop / 100
-    chosen = choose(kept, share, None if max_ms is None else max_ms / 1e3, seconds, per_layer, by, seed)
-    found = {**asdict(chosen), "rule": as_plain(chosen.rule), "task": opened.task.name, "metric": opened.metric}
+    if max_ms is None:
+        chosen = choose(kept, share, None, None, per_layer, by, seed)
+    else:
+        with counted("turns") as progress:
+            clock = Clock(
+                seconds_to_exits(opened, rows[:64]),
+                lambda rule, numbers: seconds_a_row(opened, [rows[n] for n in numbers], rule, progress),
+            )
+            chosen = choose(kept, None, max_ms / 1e3, clock, per_layer, by, seed)
+    settings = {"max_drop": max_drop, "max_ms": max_ms, "by": by, "per_layer": per_layer, "seed": seed, "split": split,
+                "subset": subset, "max_rows": max_rows}  # fmt: skip
+    found = {**asdict(chosen), "rule": as_plain(chosen.rule), "task": opened.task.name, "metric": opened.metric,
+             **origin(opened, rows, settings)}  # fmt: skip
     write_json(folder / "calibration.json", found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -337,9 +380,10 @@ def calibrate(
     typer.echo(f"  {opened.metric} falls by {100 * chosen.drop:.2f} points (95 %: {100 * low:.2f} to {100 * high:.2f})")
     low, high = chosen.saving_interval
     typer.echo(f"  {chosen.saving:.1%} of the layers saved (95 %: {low:.1%} to {high:.1%})")
-    if chosen.latency_s is not None and chosen.latency_interval is not None:
-        low, high = chosen.latency_interval
-        typer.echo(f"  {1e3 * chosen.latency_s:.2f} ms a row on its own (95 %: {1e3 * low:.2f} to {1e3 * high:.2f})")
+    if chosen.measured_s is not None and chosen.predicted_s is not None and chosen.predicted_interval is not None:
+        low, high = chosen.predicted_interval
+        typer.echo(f"  {1e3 * chosen.measured_s:.2f} ms a row on its own, measured; predicted "
+                   f"{1e3 * chosen.predicted_s:.2f} (95 %: {1e3 * low:.2f} to {1e3 * high:.2f})")  # fmt: skip
 
 
 @app.command("export")
@@ -349,7 +393,7 @@ def export(
     kind: Annotated[Literal["onnx", "torch"], typer.Option("--format", help="ONNX, or torch.export's.")] = "onnx",
     threshold: Threshold = None,
     patience: Patience = None,
-    tolerance: Tolerance = 0.0,
+    tolerance: Tolerance = None,
     task: TaskName = None,
     as_json: Json = False,
 ) -> None:
@@ -390,8 +434,10 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tell(line: str) -> None:
-    print(f"exit: {line}", file=sys.stderr, flush=True)
+def _refuse_idle(why: str, instead: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise MsltError(f"{name} {value}: trains nothing, {why}; give {instead}")
 
 
 def _open(
@@ -407,7 +453,7 @@ def _open(
     return opened, heldout(opened.task, data_dir, subset, split)[:max_rows]
 
 
-def _rule(folder: Path, thresholds: list[float] | None, patience: int | None, tolerance: float) -> "ExitRule":
+def _rule(folder: Path, thresholds: list[float] | None, patience: int | None, tolerance: float | None) -> "ExitRule":
     from mslt.evaluate.exit_sweep import from_plain
     from mslt.heads.exit_rule import by_entropy, by_patience
 
@@ -432,15 +478,9 @@ def _refuse_unfit(opened: "Opened", rule: "ExitRule") -> None:
 
 
 def _kept(opened: "Opened", rows: "list[Row]") -> "Kept":
+    from mslt.cli.progress import counted_parts
     from mslt.evaluate.exit_sweep import keep
     from mslt.evaluate.exits import exit_logits_of
 
-    return keep(opened, rows, exit_logits_of(opened.exits, rows, opened.batch_of))
-
-
-def _run(opened: "Opened", rows: "list[Row]", rule: "ExitRule", batch_size: int) -> Any:
-    from mslt.cli.progress import counted
-    from mslt.evaluate.exits import run_exits
-
-    with counted("rows") as progress:
-        return run_exits(opened, rows, rule, batch_size, progress)
+    with counted_parts() as tell:
+        return keep(opened, rows, exit_logits_of(opened.exits, rows, opened.batch_of, tell))

@@ -12,7 +12,6 @@ from mslt.evaluate.exit_sweep import as_plain
 from mslt.evaluate.exits import Opened
 from mslt.evaluate.glue_data import Row
 from mslt.heads.exit_rule import ExitRule, counts, expected_saving
-from mslt.provenance import provenance
 
 Batch = dict[str, torch.Tensor]
 
@@ -64,13 +63,15 @@ def bench(
     batch_size: int,
     num_turns: int,
     progress: Callable[[int, int], None],
+    check_every: int = 1,
 ) -> list[Timed]:
-    """One entry for each rule. In a turn every batch goes through the plain model, then through every rule, so that
-    what else the machine does meets all alike; one more turn at the start is not counted."""
+    """One entry for each rule, the device asked who is done after every `check_every` layers. In a turn every batch
+    goes through the plain model, then through every rule, so that what else the machine does meets all alike; one more
+    turn at the start is not counted."""
     exits = opened.exits.eval()
     batches = batches_of(opened, rows, batch_size)
     calls: list[Callable[[Batch], Any]] = [lambda batch: exits.model(**batch).logits]
-    calls += [lambda batch, rule=rule: exits(**batch, rule=rule) for rule in rules]  # type: ignore[misc]
+    calls += [lambda batch, rule=rule: exits(**batch, rule=rule, check_every=check_every) for rule in rules]  # type: ignore[misc]
     turns: list[list[float]] = []
     leaving = torch.zeros(len(rules), exits.num_exits, dtype=torch.int64)
     for turn in range(num_turns + 1):
@@ -122,6 +123,14 @@ def seconds_to_exits(opened: Opened, rows: Sequence[Row], num_turns: int = 3) ->
     return [median(turn[k] for turn in turns[1:]) for k in range(exits.num_exits)]
 
 
+def seconds_a_row(
+    opened: Opened, rows: Sequence[Row], rule: ExitRule, progress: Callable[[int, int], None], num_turns: int = 3
+) -> float:
+    """Of rows on their own that leave by the rule, the median of the turns."""
+    (timed,) = bench(opened, rows, [rule], 1, num_turns, progress)
+    return median(timed.early_s) / timed.num_rows
+
+
 def plain(name: str, opened: Opened, timed: Sequence[Timed]) -> dict[str, Any]:
     """For JSON."""
     return {
@@ -129,8 +138,6 @@ def plain(name: str, opened: Opened, timed: Sequence[Timed]) -> dict[str, Any]:
         "task": opened.task.name,
         "rows": timed[0].num_rows,
         "batch_size": timed[0].batch_size,
-        "threads": torch.get_num_threads(),
-        "device": str(opened.exits.device),
         "plain_row_s": median(timed[0].plain_s) / timed[0].num_rows,
         "rules": [
             {
@@ -140,5 +147,4 @@ def plain(name: str, opened: Opened, timed: Sequence[Timed]) -> dict[str, Any]:
             }
             for each in timed
         ],
-        "provenance": provenance(),
     }  # fmt: skip

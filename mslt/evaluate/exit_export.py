@@ -29,6 +29,7 @@ except ImportError:
     onnxruntime = None
 
 MOST_DIFFERENCE = 1e-5  # of logits, times their largest or 1
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the first graph, in this order
 Batch = dict[str, torch.Tensor]
 Run = Callable[[int, Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -66,18 +67,17 @@ def export(exits: EarlyExitModel, rule: ExitRule, sample: Batch, out: Path, kind
                         "`pip install onnx onnxscript onnxruntime`, or take --format torch")  # fmt: skip
     exits = exits.eval().to("cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
-    has_types = "token_type_ids" in sample
+    names = [name for name in INPUTS if name in sample]
     with whole_folder(out) as folder, torch.no_grad():
-        hidden = sample["input_ids"]
+        arguments = tuple(sample[name] for name in names)
         for k in range(exits.num_exits):
             link = Link(exits, k).eval()
-            arguments = (hidden, sample["attention_mask"], *([sample["token_type_ids"]] if has_types and not k else []))
             _write(link, arguments, folder / name_of(k, kind), kind)
-            hidden, _ = link(*arguments)
+            arguments = (link(*arguments)[0], sample["attention_mask"])
         description = {
             "format": kind,
             "graphs": [name_of(k, kind) for k in range(exits.num_exits)],
-            "inputs": list(sample),
+            "inputs": names,
             "labels": list(labels),
             "thresholds": list(rule.thresholds),
             "patience": rule.patience,
@@ -96,7 +96,7 @@ def _write(link: Link, arguments: tuple[torch.Tensor, ...], path: Path, kind: st
     most = families.num_positions(link.exits.model.config)
     rows, tokens = torch.export.Dim("rows", min=1), torch.export.Dim("tokens", min=2, max=most)
     shapes = tuple({0: rows, 1: tokens} for _ in arguments)
-    names = ["first", "attention_mask", "token_type_ids"][: len(arguments)]
+    names = ["first", *INPUTS[1:]][: len(arguments)]
     with torch.random.fork_rng(devices=[]):
         program = torch.export.export(link, arguments, dynamic_shapes=dict(zip(names, shapes, strict=True)))
         if kind == "torch":
@@ -104,7 +104,7 @@ def _write(link: Link, arguments: tuple[torch.Tensor, ...], path: Path, kind: st
             return
         torch.onnx.export(
             program, (), str(path), dynamo=True, external_data=False, verbose=False,
-            input_names=[("hidden" if link.k else "input_ids"), *names[1:]], output_names=["next_hidden", "logits"],
+            input_names=[("hidden" if link.k else INPUTS[0]), *names[1:]], output_names=["next_hidden", "logits"],
         )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def runner(folder: Path, kind: str) -> Run:
 
 def run_chain(run: Run, num_exits: int, rule: ExitRule, sample: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Logits [B, C] and exits [B] of a chain, rows that are done left out."""
-    arrays = [sample[name].numpy() for name in ("input_ids", "attention_mask", "token_type_ids") if name in sample]
+    arrays = [sample[name].numpy() for name in INPUTS if name in sample]
     mask = arrays[1]
     rows, kept = np.arange(len(mask)), begun(len(mask))
     answers: dict[int, tuple[np.ndarray, int]] = {}
@@ -155,7 +155,7 @@ def run_chain(run: Run, num_exits: int, rule: ExitRule, sample: Batch) -> tuple[
 def _compare(exits: EarlyExitModel, rule: ExitRule, sample: Batch, run: Run) -> float:
     """Every exit without leaving, then the rule: logits within MOST_DIFFERENCE, the same exits."""
     expected = exits.all_logits(**sample).numpy()
-    arrays = [sample[name].numpy() for name in ("input_ids", "attention_mask", "token_type_ids") if name in sample]
+    arrays = [sample[name].numpy() for name in INPUTS if name in sample]
     worst = 0.0
     for k in range(exits.num_exits):
         hidden, logits = run(k, arrays)

@@ -3,9 +3,10 @@
 R rows, E exits, C labels.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +29,11 @@ from mslt.heads.exit_rule import (
 )
 
 PAPER_THRESHOLDS = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-NUM_QUANTILES = 100  # of the entropies that occur; between two of them few rows leave elsewhere
+NUM_THRESHOLDS = 100  # between the entropies that occur; from one to the next few rows leave elsewhere
 TOLERANCES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # of a regression's scores
+MOST_TIMED = 200  # rows of each half that a latency is of
+NUM_TRIES = 4  # at a rule that keeps to a latency
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,23 +99,36 @@ def each_exit_alone(kept: Kept) -> list[dict[str, float]]:
 
 
 def entropy_rules(kept: Kept) -> list[ExitRule]:
-    """The paper's thresholds, and quantiles of the entropies that occur. None for a regression."""
+    """The paper's thresholds, those between the entropies that occur, and one above all that can. None for a
+    regression."""
     if kept.task.is_regression:
         return []
-    quantiles = np.quantile(kept.entropies_ER[:-1].numpy(), np.linspace(0, 1, NUM_QUANTILES))
-    return [by_entropy(s) for s in sorted({*PAPER_THRESHOLDS, *(float(q) for q in quantiles)})]
+    found = between(kept.entropies_ER[:-1], NUM_THRESHOLDS)
+    return [by_entropy(s) for s in sorted({*PAPER_THRESHOLDS, *found, math.log(len(kept.task.labels)) + 0.01})]
+
+
+def between(entropies: torch.Tensor, most: int) -> list[float]:
+    """Up to `most` thresholds, evenly by rank, each halfway between two neighbours of the values that occur: at a value
+    itself, rounding would say who leaves."""
+    values = np.unique(entropies.numpy())
+    middles = ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(values.dtype)
+    middles = middles[(values[:-1] < middles) & (middles < values[1:])]  # some neighbours have nothing between them
+    if not len(middles):
+        return []
+    ranks = np.linspace(0, len(middles) - 1, min(most, len(middles))).round().astype(int)
+    return [float(middle) for middle in middles[ranks]]
 
 
 def patience_rules(kept: Kept) -> list[ExitRule]:
     """Every patience at which a row can leave early; of a regression with every tolerance."""
-    tolerances = TOLERANCES if kept.task.is_regression else (0.0,)
+    tolerances = TOLERANCES if kept.task.is_regression else (None,)
     return [by_patience(t, tolerance) for tolerance in tolerances for t in range(kept.num_exits - 1, 0, -1)]
 
 
-def best_within(points: Sequence[Point], metric: Metric, full: float, most_drop: float) -> Point | None:
-    """The largest saving at which the metric is at most so much below the whole model's."""
-    within = [each for each in points if full - each.scores[metric] <= most_drop + 1e-12]
-    return max(within, key=lambda each: each.saving, default=None)
+def best_within(found: Iterable[tuple[T, float, float]], most_drop: float) -> T | None:
+    """Of (what, saving, drop) what saves most and loses at most so much; None where all lose more."""
+    within = [(what, saving) for what, saving, drop in found if drop <= most_drop + 1e-9]
+    return max(within, key=lambda each: each[1], default=(None, 0.0))[0]
 
 
 def sweep(kept: Kept, rules: Sequence[ExitRule]) -> list[Point]:
@@ -122,9 +139,19 @@ def sweep(kept: Kept, rules: Sequence[ExitRule]) -> list[Point]:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """`seconds_to_E[k]` a row on its own takes to exit k, which predicts; `measure` takes the seconds a row of the
+    split's rows of these numbers, one at a time, under a rule."""
+
+    seconds_to_E: Sequence[float]
+    measure: Callable[[ExitRule, np.ndarray], float]
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """`rule` was chosen on some rows, all other numbers are of others: means, and 95 % intervals by the bootstrap over
-    rows. Drops in the metric's units, latencies in seconds, None where none was measured."""
+    rows. Drops in the metric's units. Seconds a row on its own, of the first MOST_TIMED, as the time to each exit
+    predicts and as measured; None without a clock."""
 
     rule: ExitRule
     num_chosen_on: int
@@ -133,8 +160,9 @@ class Calibrated:
     drop_interval: tuple[float, float]
     saving: float
     saving_interval: tuple[float, float]
-    latency_s: float | None
-    latency_interval: tuple[float, float] | None
+    predicted_s: float | None
+    predicted_interval: tuple[float, float] | None
+    measured_s: float | None
 
 
 def halves(num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,13 +175,13 @@ def calibrate(
     kept: Kept,
     most_drop: float | None,
     most_s: float | None,
-    seconds_to_E: Sequence[float] | None,
+    clock: Clock | None,
     per_layer: bool,
     by: str,
     seed: int = 0,
 ) -> Calibrated:
-    """The rule that saves most within `most_drop` of the metric, or that loses least within `most_s` a row, where
-    reaching exit k takes `seconds_to_E[k]`. `by` is entropy or patience. MsltError where there is none, or few rows."""
+    """The rule that saves most within `most_drop` of the metric, or that loses least and keeps to `most_s` a row by the
+    clock. `by` is entropy or patience. MsltError where there is none, or few rows."""
     if (most_drop is None) == (most_s is None):
         raise MsltError("budget: give either a drop or a latency")
     if most_drop is not None and not 0 <= most_drop < 1:
@@ -164,16 +192,17 @@ def calibrate(
     rules = entropy_rules(kept) if by == "entropy" else patience_rules(kept)
     if not rules:
         raise MsltError("entropy: a regression has none; choose by patience")
-    choosing, judging = (kept.of(rows) for rows in halves(len(kept.labels), seed))
+    chosen_on, judged_by = halves(len(kept.labels), seed)
+    choosing = kept.of(chosen_on)
     if most_s is not None:
-        assert seconds_to_E is not None
-        rule = _within_latency(choosing, rules, most_s, np.array(seconds_to_E))
+        assert clock is not None
+        rule = _within_latency(choosing, rules, most_s, clock, chosen_on[:MOST_TIMED])
     else:
         assert most_drop is not None
         rule = _within_drop(choosing, rules, most_drop)
         if per_layer:
             rule = _each_layers_own(choosing, rule, most_drop)
-    return _judged(judging, rule, len(choosing.labels), seconds_to_E, seed)
+    return _judged(kept, judged_by, rule, len(chosen_on), clock, seed)
 
 
 def _drop(kept: Kept, exit_R: torch.Tensor) -> float:
@@ -181,21 +210,38 @@ def _drop(kept: Kept, exit_R: torch.Tensor) -> float:
 
 
 def _within_drop(kept: Kept, rules: Sequence[ExitRule], most_drop: float) -> ExitRule:
-    found = [(rule, kept.exits(rule)) for rule in rules]
-    within = [(rule, exit_R) for rule, exit_R in found if _drop(kept, exit_R) <= most_drop + 1e-12]
-    if not within:
+    exits = ((rule, kept.exits(rule)) for rule in rules)
+    best = best_within(
+        ((rule, expected_saving(counts(exit_R, kept.num_exits)), _drop(kept, exit_R)) for rule, exit_R in exits),
+        most_drop,
+    )
+    if best is None:
         raise MsltError(f"drop {most_drop}: every rule loses more; allow more")
-    return min(within, key=lambda each: float(each[1].float().mean()))[0]
+    return best
 
 
-def _within_latency(kept: Kept, rules: Sequence[ExitRule], most_s: float, seconds_to_E: np.ndarray) -> ExitRule:
-    found = [(rule, kept.exits(rule)) for rule in rules]
-    within = [(rule, exit_R) for rule, exit_R in found if seconds_to_E[exit_R.numpy()].mean() <= most_s]
-    if not within:
-        least = min(seconds_to_E[exit_R.numpy()].mean() for _, exit_R in found)
-        raise MsltError(f"latency {1e3 * most_s:g} ms: the fastest rule takes {1e3 * least:.3g} ms a row here; allow "
-                        "more")  # fmt: skip
-    return min(within, key=lambda each: _drop(kept, each[1]))[0]
+def _within_latency(kept: Kept, rules: Sequence[ExitRule], most_s: float, clock: Clock, timed: np.ndarray) -> ExitRule:
+    """`timed` are the numbers of the first of `kept`'s rows. Where a rule takes longer than predicted, the others are
+    taken to do so, too, and the next is chosen among those that then keep to the latency; at last the fastest."""
+    seconds_to_E = np.array(clock.seconds_to_E)
+    exits = [(rule, kept.exits(rule)) for rule in rules]
+    found = [(rule, seconds_to_E[e[: len(timed)].numpy()].mean(), _drop(kept, e)) for rule, e in exits]
+    allowed_s = most_s
+    for _ in range(NUM_TRIES):
+        within = [each for each in found if each[1] <= allowed_s]
+        if not within:
+            break
+        rule, predicted_s, _ = min(within, key=lambda each: (each[2], each[1]))
+        measured_s = clock.measure(rule, timed)
+        if measured_s <= most_s:
+            return rule
+        allowed_s = predicted_s * most_s / measured_s
+    fastest, *_ = min(found, key=lambda each: each[1])
+    measured_s = clock.measure(fastest, timed)
+    if measured_s > most_s:
+        raise MsltError(f"latency {1e3 * most_s:g} ms: the fastest rule takes {1e3 * measured_s:.3g} ms a row here; "
+                        "allow more")  # fmt: skip
+    return fastest
 
 
 def _each_layers_own(kept: Kept, start: ExitRule, most_drop: float) -> ExitRule:
@@ -205,15 +251,16 @@ def _each_layers_own(kept: Kept, start: ExitRule, most_drop: float) -> ExitRule:
     thresholds = list(start.thresholds * (kept.num_exits - 1 if len(start.thresholds) == 1 else 1))
     for _ in range(2):
         for k in range(kept.num_exits - 1):
-            candidates = sorted({thresholds[k], *np.quantile(kept.entropies_ER[k].numpy(), np.linspace(0, 1, 41))})
-            rules = [by_entropy([*thresholds[:k], float(s), *thresholds[k + 1 :]]) for s in candidates]
+            candidates = sorted({thresholds[k], *between(kept.entropies_ER[k], 40)})
+            rules = [by_entropy([*thresholds[:k], s, *thresholds[k + 1 :]]) for s in candidates]
             thresholds = list(_within_drop(kept, rules, most_drop).thresholds)
     return by_entropy(thresholds)
 
 
 def _judged(
-    kept: Kept, rule: ExitRule, num_chosen_on: int, seconds_to_E: Sequence[float] | None, seed: int
+    whole: Kept, judged_by: np.ndarray, rule: ExitRule, num_chosen_on: int, clock: Clock | None, seed: int
 ) -> Calibrated:
+    kept = whole.of(judged_by)
     exit_R = kept.exits(rule)
     early, full = kept.answers(exit_R), kept.answers(kept.at(kept.num_exits - 1))
     saved_R = 1 - (exit_R.numpy() + 1) / kept.num_exits
@@ -223,7 +270,7 @@ def _judged(
         part = kept.of(rows)
         return part.score(full[rows]) - part.score(early[rows])
 
-    seconds_R = None if seconds_to_E is None else np.array(seconds_to_E)[exit_R.numpy()]
+    seconds = None if clock is None else np.array(clock.seconds_to_E)[exit_R[:MOST_TIMED].numpy()]
     return Calibrated(
         rule=rule,
         num_chosen_on=num_chosen_on,
@@ -232,8 +279,11 @@ def _judged(
         drop_interval=bootstrap(drop, R, seed),
         saving=float(saved_R.mean()),
         saving_interval=bootstrap(lambda rows: float(saved_R[rows].mean()), R, seed),
-        latency_s=None if seconds_R is None else float(seconds_R.mean()),
-        latency_interval=None if seconds_R is None else bootstrap(lambda rows: float(seconds_R[rows].mean()), R, seed),
+        predicted_s=None if seconds is None else float(seconds.mean()),
+        predicted_interval=(
+            None if seconds is None else bootstrap(lambda rows: float(seconds[rows].mean()), len(seconds), seed)
+        ),
+        measured_s=None if clock is None else clock.measure(rule, judged_by[:MOST_TIMED]),
     )
 
 
@@ -257,7 +307,7 @@ def as_plain(rule: ExitRule) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any]) -> ExitRule:
     if "patience" in plain:
-        return by_patience(plain["patience"], plain.get("tolerance", 0.0))
+        return by_patience(plain["patience"], plain["tolerance"])
     return by_entropy(plain["thresholds"])
 
 

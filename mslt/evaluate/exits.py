@@ -1,12 +1,13 @@
 """Early exit on a task of GLUE: ramps trained, and the logits of all exits over a split, once.
 
-A folder of exits holds `ramps.safetensors`, `ramps.json` and, where the model was trained here, `model/`.
+A folder of exits holds `ramps.safetensors`, `ramps.json`, the tokenizer, and `model/` where that was trained here.
 
 R rows, B batch, E exits, D width, C labels.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mslt.errors import MsltError
-from mslt.evaluate.fine_tune import FineTuning, fine_tune, predict
+from mslt.evaluate.device import device_name
+from mslt.evaluate.fine_tune import FineTuning, Tell, counted, fine_tune, num_steps, predict
 from mslt.evaluate.glue import EVALUATION_BATCH, Cell, Source, collate, num_characters, opened, training_rows
 from mslt.evaluate.glue_data import Row, read_split
 from mslt.evaluate.glue_scores import answers_of, scores
 from mslt.evaluate.glue_tasks import PRESETS as PRESETS_OF_GLUE
 from mslt.evaluate.glue_tasks import TASKS, Metric, Task
-from mslt.evaluate.opening import locate, open_config, open_fitting_tokenizer, open_model
+from mslt.evaluate.opening import locate, open_config, open_fitting_tokenizer, open_model, tokenizer_digest
 from mslt.evaluate.positions import refuse_over_positions
+from mslt.files import sha256_text
 from mslt.heads.early_exit import MODEL, EarlyExitModel, read_description
 from mslt.heads.exit_rule import ExitRule
 from mslt.heads.off_ramp import RampOptions
 from mslt.models import families
 from mslt.models.checkpoint import save_fine_tuned
+from mslt.provenance import provenance
 from mslt.rundir import RunDir, read_plan
 
 KEPT_BYTES = 2 << 30  # of what ramps read; beyond it is computed in every epoch
@@ -51,16 +55,32 @@ class RampTraining:
     options: RampOptions = field(default_factory=RampOptions)
 
 
-_PAPER = FineTuning(learning_rate=2e-5, batch_size=8, num_epochs=3, seed=42, warmup_share=0.0, weight_decay=0.0)
+def _of_the_paper(name: str) -> RampTraining:
+    """Both stages alike, each with an optimizer and a schedule of its own."""
+    preset = PRESETS_OF_GLUE[name]
+    stage = FineTuning(
+        learning_rate=preset.learning_rates[0],
+        batch_size=preset.batch_sizes[0],
+        num_epochs=preset.num_epochs,
+        seed=42,
+        warmup_share=preset.warmup_share,
+        weight_decay=preset.weight_decay,
+    )
+    return RampTraining(stage, stage)
+
+
+_PAPER, _ROBERTA = _of_the_paper("deebert"), _of_the_paper("deebert-roberta")
 _TUNED = FineTuning(learning_rate=5e-5, batch_size=32, num_epochs=2, seed=42)
 _RAMPS = FineTuning(learning_rate=1e-3, batch_size=32, num_epochs=3, seed=42, warmup_share=0.0, weight_decay=0.0)
 PRESETS = {
-    # Xin et al. 2020 (arXiv:2004.12993), section 4.1 and the scripts beside its code. RoBERTa has 10 epochs in each
-    # stage there: say --epochs 10 --ramp-epochs 10.
-    "paper": RampTraining(_PAPER, _PAPER),
-    # Its code's ramps begin from the pooler before the fine-tuning, and the frozen model's dropout stays on.
-    "paper-code": RampTraining(_PAPER, _PAPER, backbone_dropout=True, options=RampOptions("pretrained")),
-    # Ours: a rate at which a new output layer learns in three epochs of a small task, too.
+    # Xin et al. 2020 (arXiv:2004.12993), section 4.1 and the scripts beside its code.
+    "paper": _PAPER,
+    "paper-roberta": _ROBERTA,
+    # Its code's ramps begin from the pooler before the fine-tuning, of RoBERTa, which has none, at random, and the
+    # frozen model's dropout stays on.
+    "paper-code": replace(_PAPER, backbone_dropout=True, options=RampOptions("pretrained")),
+    "paper-code-roberta": replace(_ROBERTA, backbone_dropout=True, options=RampOptions("random")),
+    # Ours.
     "quick": RampTraining(_TUNED, _RAMPS),
 }
 
@@ -134,26 +154,31 @@ def train_exits(
     rows: Sequence[Row],
     batch_of: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
     training: RampTraining,
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> None:
-    """Train in place: the ramps alone, or with `training.joint` everything. A frozen model gets no gradient."""
+    """Train in place: the ramps alone, or with `training.joint` everything. A frozen model gets no gradient. `tell` is
+    called with (what, batches done, batches in all)."""
     exits.model.requires_grad_(training.joint)
     whole = AllExits(exits, training)
     if training.joint or training.backbone_dropout or not _fits(exits, len(rows)):
-        for done in fine_tune(whole, rows, batch_of, training.ramps):
-            tell(f"{'all exits' if training.joint else 'ramps'}: epoch {done} of {training.ramps.num_epochs}")
+        _train(whole, rows, batch_of, training.ramps, "all exits" if training.joint else "ramps", tell)
     else:
-        tell(f"what the ramps read of {len(rows):,} rows, once")
-        read_RED, last_RC = _read_once(exits, rows, batch_of)
+        read_RED, last_RC = _read_once(exits, rows, batch_of, tell)
         labels = torch.tensor([row.label for row in rows])  # of a regression fp32, else int64
 
         def kept(indices: Sequence[int]) -> dict[str, torch.Tensor]:
             chosen = torch.as_tensor(indices)
             return {"read_BED": read_RED[chosen], "last_BC": last_RC[chosen], "labels": labels[chosen]}
 
-        for done in fine_tune(whole, range(len(rows)), kept, training.ramps):
-            tell(f"ramps: epoch {done} of {training.ramps.num_epochs}")
+        _train(whole, range(len(rows)), kept, training.ramps, "ramps", tell)
     exits.requires_grad_(True).eval()
+
+
+def _train(
+    model: Any, rows: Sequence[Any], batch_of: Callable[..., Any], settings: FineTuning, doing: str, tell: Tell
+) -> None:
+    for _ in fine_tune(model, rows, counted(batch_of, doing, num_steps(len(rows), settings), tell), settings):
+        pass
 
 
 def _fits(exits: EarlyExitModel, num_rows: int) -> bool:
@@ -180,18 +205,23 @@ class _Read(nn.Module):
 
 
 def _read_once(
-    exits: EarlyExitModel, rows: Sequence[Row], batch_of: Callable[[Sequence[Row]], dict[str, torch.Tensor]]
+    exits: EarlyExitModel, rows: Sequence[Row], batch_of: Callable[[Sequence[Row]], dict[str, torch.Tensor]], tell: Tell
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    said = predict(_Read(exits), rows, batch_of, EVALUATION_BATCH, "fp32", num_characters)
+    counting = counted(batch_of, "what ramps read, once", -(-len(rows) // EVALUATION_BATCH), tell)
+    said = predict(_Read(exits), rows, counting, EVALUATION_BATCH, "fp32", num_characters)
     return torch.stack([read for read, _ in said]), torch.stack([last for _, last in said])
 
 
 def exit_logits_of(
-    exits: EarlyExitModel, rows: Sequence[Row], batch_of: Callable[[Sequence[Row]], dict[str, torch.Tensor]]
+    exits: EarlyExitModel,
+    rows: Sequence[Row],
+    batch_of: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
+    tell: Tell = lambda doing, done, total: None,
 ) -> torch.Tensor:
     """[E, R, C] fp32 on the CPU, in the order of the rows. MsltError where they are not finite."""
     whole = AllExits(exits, PRESETS["quick"])
-    said = predict(whole, rows, batch_of, EVALUATION_BATCH, "fp32", num_characters)
+    counting = counted(batch_of, "all exits", -(-len(rows) // EVALUATION_BATCH), tell)
+    said = predict(whole, rows, counting, EVALUATION_BATCH, "fp32", num_characters)
     logits_ERC = torch.stack([logits_EC for (logits_EC,) in said], 1)
     if not logits_ERC.isfinite().all():
         raise MsltError("logits: are not finite; the weights are damaged, or the training diverged")
@@ -232,20 +262,29 @@ def open_exits(folder: Path, task_name: str | None, device: str) -> Opened:
     if described.get("task", name) != name:
         raise MsltError(f"{folder}: its ramps were trained on {described['task']}, not on {name}; leave --task out, or "
                         f"train ramps on {name}")  # fmt: skip
-    source = str(exits.model.name_or_path)
-    tokenizer = open_fitting_tokenizer(exits.model.config, source)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None  # else the ramps were saved by hand
+    tokenizer = open_fitting_tokenizer(exits.model.config, str(exits.model.name_or_path), own)
     exits.to(device)
     longest = families.num_positions(exits.model.config)
     return Opened(folder, exits, tokenizer, task, min(described.get("max_tokens", 128), longest))
 
 
 def refuse_labels(source: str, model: PreTrainedModel, task: Task) -> None:
-    """MsltError where a classifier has other labels than the task."""
+    """MsltError where a classifier has other labels than the task, or names them in another order. Names that are not
+    the task's, like LABEL_0, cannot tell."""
     wanted = max(len(task.labels), 1)
     if model.config.num_labels != wanted:
         raise MsltError(
             f"{source}: its classifier has {model.config.num_labels} labels, {task.name} takes {wanted}; name the task "
             "that it was fine-tuned on, or begin from a checkpoint that is not fine-tuned"
+        )
+    own = [str(model.config.id2label[index]) for index in range(wanted)]
+    names, wanted_names = ([re.sub(r"[^a-z0-9]", "", name.lower()) for name in each] for each in (own, task.labels))
+    if names != wanted_names and sorted(names) == sorted(wanted_names):
+        raise MsltError(
+            f"{source}: its classifier answers in the order {', '.join(own)}, {task.name} counts its labels in the "
+            f"order {', '.join(task.labels)}; put the rows of its output layer, and id2label and label2id in its "
+            "config.json, into the task's order, or begin from a checkpoint that is not fine-tuned"
         )
 
 
@@ -255,7 +294,7 @@ def make_exits(
     training: RampTraining,
     out: Path,
     device: str,
-    tell: Callable[[str], None],
+    tell: Tell,
     poolers_from: str | None = None,
 ) -> dict[str, Any]:
     """Train exits for a task and write them to `out`: both stages for a checkpoint that is no classifier yet, the ramps
@@ -285,11 +324,11 @@ def make_exits(
         return collate(task, tokenizer, rows, training.max_tokens)
 
     if not is_tuned and not training.joint:
-        for done in fine_tune(model, rows, batch_of, training.stage_1):
-            tell(f"fine-tuning: epoch {done} of {training.stage_1.num_epochs}")
+        _train(model, rows, batch_of, training.stage_1, "fine-tuning", tell)
     exits = EarlyExitModel.from_finetuned(model, training.options, training.ramps.seed, poolers)
     train_exits(exits, rows, batch_of, training, tell)
     out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
     is_new = not is_tuned or training.joint
     if is_new:
         save_fine_tuned(out / MODEL, model, tokenizer, {"checkpoint": source.checkpoint})
@@ -342,9 +381,31 @@ def heldout(task: Task, data_dir: Path | None, is_subset: bool, split: str | Non
     return read_split(task, split or task.validation[0], data_dir, is_subset)
 
 
+def origin(opened: Opened, rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """Where what is found of these rows comes from: the command's settings, model, ramps, tokenizer, data, device,
+    versions."""
+    described = read_description(opened.folder)
+    return {
+        "settings": settings,
+        "model": described["model"],
+        "model_sha256": described["model_sha256"]["float32"],
+        "ramps_sha256": described["ramps_sha256"],
+        "tokenizer": tokenizer_digest(opened.tokenizer),
+        "data": {"rows": len(rows), "sha256": sha256_text(repr(rows))},
+        "device": device_name(opened.exits.device),
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
+
+
 @torch.no_grad()
 def run_exits(
-    opened: Opened, rows: Sequence[Row], rule: ExitRule, batch_size: int, progress: Callable[[int, int], None]
+    opened: Opened,
+    rows: Sequence[Row],
+    rule: ExitRule,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+    check_every: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [R, C] and exits [R] of rows that really leave, in the order of the rows; those of like length share a
     batch."""
@@ -355,7 +416,8 @@ def run_exits(
         indices = order[first : first + batch_size]
         batch = opened.batch_of([rows[index] for index in indices])
         batch.pop("labels", None)
-        found = opened.exits(**{name: tensor.to(opened.exits.device) for name, tensor in batch.items()}, rule=rule)
+        inputs = {name: tensor.to(opened.exits.device) for name, tensor in batch.items()}
+        found = opened.exits(**inputs, rule=rule, check_every=check_every)
         logits_RC[indices], exit_R[indices] = found.logits.cpu(), found.exit_layer.cpu()
         progress(first + len(indices), len(rows))
     return logits_RC, exit_R

@@ -13,6 +13,7 @@ from mslt.data import keyed
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Row = TypeVar("Row")
 Batch = dict[str, torch.Tensor]
+Tell = Callable[[str, int, int], None]  # what is being done, how much of it is, and of how much
 MAX_NORM = 1.0
 
 
@@ -45,8 +46,7 @@ def fine_tune(
         lr=settings.learning_rate,
         eps=1e-8,
     )
-    steps_per_epoch = -(-len(rows) // settings.batch_size)
-    steps = steps_per_epoch * settings.num_epochs
+    steps = num_steps(len(rows), settings)
     schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_share * steps), steps)
     scaler = torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16")
     for epoch in range(settings.num_epochs):
@@ -65,6 +65,23 @@ def fine_tune(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
         yield epoch + 1
+
+
+def num_steps(num_rows: int, settings: FineTuning) -> int:
+    return -(-num_rows // settings.batch_size) * settings.num_epochs
+
+
+def counted(
+    collate: Callable[[Sequence[Row]], Batch], doing: str, total: int, tell: Tell
+) -> Callable[[Sequence[Row]], Batch]:
+    """The same `collate`, which tells of every batch."""
+    numbers = iter(range(1, total + 1))
+
+    def telling(rows: Sequence[Row]) -> Batch:
+        tell(doing, next(numbers), total)
+        return collate(rows)
+
+    return telling
 
 
 @torch.inference_mode()

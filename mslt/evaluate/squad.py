@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.errors import MsltError
 from mslt.evaluate.device import device_name
-from mslt.evaluate.fine_tune import Batch, FineTuning, fine_tune, predict
+from mslt.evaluate.fine_tune import Batch, FineTuning, Tell, counted, fine_tune, num_steps, predict
 from mslt.evaluate.squad_data import Question, Version
 from mslt.evaluate.squad_scores import at_threshold, score, tuned_scores
 from mslt.files import write_json
@@ -31,7 +31,6 @@ LONGEST_ANSWER_TOKENS = 30
 DEVLINS: dict[Version, tuple[float, int, int]] = {"1.1": (5e-5, 32, 3), "2.0": (5e-5, 48, 2)}
 _AT_ONCE = 1000  # texts
 
-Tell = Callable[[str, int, int], None]
 Collate = Callable[[Sequence["Window"]], Batch]
 
 
@@ -106,8 +105,7 @@ def evaluate(
     tell("cutting windows", 0, 1)
     rows = windows_of(train, tokenizer, shape)
     started = time.perf_counter()
-    batches = -(-len(rows) // settings.batch_size)
-    collate = counted(collator(model, tokenizer, labelled=True), "training", batches * settings.num_epochs, tell)
+    collate = counted(collator(model, tokenizer, labelled=True), "training", num_steps(len(rows), settings), tell)
     for _ in fine_tune(model, rows, collate, settings):
         pass
     trained = time.perf_counter()
@@ -310,17 +308,6 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labelle
         return batch
 
     return collate
-
-
-def counted(collate: Collate, doing: str, total: int, tell: Tell) -> Collate:
-    """The same `collate`, which tells of every batch."""
-    numbers = iter(range(1, total + 1))
-
-    def telling(rows: Sequence[Window]) -> Batch:
-        tell(doing, next(numbers), total)
-        return collate(rows)
-
-    return telling
 
 
 # Predictions

@@ -28,6 +28,7 @@ from mslt.provenance import provenance
 
 RAMPS, DESCRIPTION, MODEL = "ramps.safetensors", "ramps.json", "model"
 NEVER = by_entropy(0.0)
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,8 @@ class EarlyExitModel(nn.Module):
     ) -> "EarlyExitModel":
         """Ramps still to be trained. Where `options.initial` is `pretrained` or `stages`, `poolers` names the model
         that each begins from, or one for all. Everything goes into evaluation mode. MsltError for a model that is no
-        classifier, or has one layer."""
-        if not families.is_classifier(model):
-            raise MsltError(
-                f"{type(model).__name__}: is no classifier; fine-tune it first, and load it with "
-                "AutoModelForSequenceClassification"
-            )
+        classifier of READABLE, gives several labels or scores at once, or has one layer."""
+        refuse_unlike(model)
         chosen = options or RampOptions()
         ramps = new_ramps(model, seed)
         sources = {"finetuned": [model], "random": []}.get(chosen.initial, list(poolers))
@@ -93,10 +90,11 @@ class EarlyExitModel(nn.Module):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (k, what exit k reads): of a ramp [B, D], of the last the hidden state [B, T, D]."""
         hidden = iter_hidden(self.model, input_ids, token_type_ids, attention_mask)
+        refuse_batch(input_ids, attention_mask)
         _, h_BTD = next(hidden)
-        weights_B1T = pool_weights(attention_mask, h_BTD, self.options.pooling)
+        weights_BT1 = pool_weights(attention_mask, h_BTD, self.options.pooling)
         for number, h_BTD in hidden:
-            yield number - 1, pool(h_BTD, weights_B1T) if number < self.num_exits else h_BTD
+            yield number - 1, pool(h_BTD, weights_BT1) if number < self.num_exits else h_BTD
 
     def exit_logits(self, k: int, read: torch.Tensor) -> torch.Tensor:
         """[B, C] of what exit k reads."""
@@ -122,11 +120,11 @@ class EarlyExitModel(nn.Module):
         check_every: int = 1,
     ) -> Exited:
         """ids, mask and types [B, T]. Rows that are done leave the batch, and with them the columns that held a token
-        of theirs alone; with padding on the right the answers are those of one row at a time. `check_every` lets the
-        device run so many layers before it is asked who is done, 0 to the end. MsltError for an empty batch, a row of
-        padding alone, logits that are not finite, and a rule that is not for this model."""
+        of theirs alone; the answers are those of one row at a time. `check_every` lets the device run so many layers
+        before it is asked who is done, 0 to the end. MsltError for an empty batch, a row that begins with padding,
+        logits that are not finite, and a rule that is not for this model."""
         refuse_unfit(rule, self.num_exits, self.is_regression)
-        refuse_empty(input_ids, attention_mask)
+        refuse_batch(input_ids, attention_mask)
         B, E, device = len(input_ids), self.num_exits, input_ids.device
         logits_BC = torch.empty(B, self.model.config.num_labels, device=device)
         exit_B = torch.full((B,), E - 1, device=device)
@@ -137,10 +135,10 @@ class EarlyExitModel(nn.Module):
         mask_AT = _unless_all(attention_mask)
         hidden = iter_hidden(self.model, input_ids, token_type_ids, mask_AT)
         _, h_ATD = next(hidden)
-        weights_A1T = pool_weights(mask_AT, h_ATD, self.options.pooling)
+        weights_AT1 = pool_weights(mask_AT, h_ATD, self.options.pooling)
         for k in range(E):
             _, h_ATD = next(hidden)
-            read = pool(h_ATD, weights_A1T) if k < E - 1 else h_ATD
+            read = pool(h_ATD, weights_AT1) if k < E - 1 else h_ATD
             logits_AC = self.exit_logits(k, read).float()
             entropy_A = entropy(logits_AC)
             if k < E - 1:
@@ -162,7 +160,7 @@ class EarlyExitModel(nn.Module):
                 if not len(stay_A):
                     break
                 h_ATD, mask_AT = _compacted(h_ATD, mask_AT, stay_A)
-                weights_A1T = pool_weights(mask_AT, h_ATD, self.options.pooling)
+                weights_AT1 = pool_weights(mask_AT, h_ATD, self.options.pooling)
                 rows_A = stay_A if isinstance(rows_A, slice) else rows_A[stay_A]
                 kept_A2, gone_A = kept_A2[stay_A] if rule.patience is not None else kept_A2, None
                 hidden = iter_layers(self.model, h_ATD, mask_AT, k + 1)
@@ -181,7 +179,7 @@ class EarlyExitModel(nn.Module):
         config = self.model.config
         own = path / MODEL / "config.json"
         described = {
-            "model_sha256": model_hash(self.model),
+            "model_sha256": {name: model_hash(self.model, dtype) for name, dtype in TYPES.items()},
             "model": MODEL if own.is_file() else str(self.model.name_or_path),
             "model_type": config.model_type,
             "num_layers": config.num_hidden_layers,
@@ -196,9 +194,9 @@ class EarlyExitModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: PreTrainedModel | None = None) -> "EarlyExitModel":
-        """Ramps on the model that they were trained on: `model`, in the type it had then, or without one the model that
-        the folder names. They go to the model's device. MsltError for another model, and for a folder without whole
-        ramps."""
+        """Ramps on the model that they were trained on: `model`, in any of TYPES, or without one the model that the
+        folder names, in fp32. They go to its device, in its type. MsltError for another model, and for a folder
+        without whole ramps."""
         path = Path(folder)
         described = read_description(path)
         found = opened(path, described) if model is None else model
@@ -215,13 +213,33 @@ class EarlyExitModel(nn.Module):
         return cls(found, ramps, options).eval()
 
 
-def refuse_empty(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> None:
-    """MsltError for a batch without rows or tokens, or with a row of padding alone."""
+def refuse_unlike(model: PreTrainedModel) -> None:
+    """MsltError for a model that exits cannot stand on."""
+    config = model.config
+    if config.model_type not in families.READABLE:
+        raise MsltError(f"model_type {config.model_type}: is not supported; take a classifier of "
+                        f"{', '.join(families.READABLE)}")  # fmt: skip
+    if not families.is_classifier(model):
+        raise MsltError(
+            f"{type(model).__name__}: is no classifier; fine-tune it first, and load it with "
+            "AutoModelForSequenceClassification"
+        )
+    if config.problem_type not in (None, "regression" if config.num_labels == 1 else "single_label_classification"):
+        raise MsltError(
+            f"problem_type {config.problem_type} with {config.num_labels} outputs: an exit answers with one label of "
+            "several, or with one score; take a model that was fine-tuned for that"
+        )
+
+
+def refuse_batch(input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> None:
+    """MsltError for a batch without rows or tokens, and for a row that begins with padding: exits read the first
+    column."""
     if not input_ids_BT.numel():
         raise MsltError(f"input_ids {list(input_ids_BT.shape)}: the batch is empty; give a row with a token, or more")
-    if attention_mask_BT is not None and not bool(attention_mask_BT.any(1).all()):
-        row = int((~attention_mask_BT.any(1)).nonzero()[0])
-        raise MsltError(f"attention_mask: row {row} is padding alone; leave it out, or give it a token")
+    if attention_mask_BT is not None and not bool(attention_mask_BT[:, 0].all()):
+        row = int((attention_mask_BT[:, 0] == 0).nonzero()[0])
+        raise MsltError(f"attention_mask: row {row} begins with padding; pad on the right (the tokenizer's "
+                        "padding_side), and leave out rows without a token")  # fmt: skip
 
 
 def _unless_all(mask_BT: torch.Tensor | None) -> torch.Tensor | None:
@@ -232,13 +250,12 @@ def _unless_all(mask_BT: torch.Tensor | None) -> torch.Tensor | None:
 def _compacted(
     h_ATD: torch.Tensor, mask_AT: torch.Tensor | None, stay_A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows that stay, without the columns on either side in which none of them has a token."""
+    """Rows that stay, without the last columns, in which none of them has a token."""
     if mask_AT is None:
         return h_ATD[stay_A], None
     mask_AT = mask_AT[stay_A]
-    used = mask_AT.any(0).nonzero()[:, 0]
-    columns = slice(int(used[0]), int(used[-1]) + 1)
-    return h_ATD[stay_A, columns], _unless_all(mask_AT[:, columns])
+    num_used = int(mask_AT.any(0).nonzero()[-1]) + 1
+    return h_ATD[stay_A, :num_used], _unless_all(mask_AT[:, :num_used])
 
 
 def _refuse_overflow(entropies_EB: torch.Tensor, exit_B: torch.Tensor) -> None:
@@ -255,7 +272,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What a folder's ramps belong to. MsltError where it holds none."""
     try:
         described = json.loads((folder / DESCRIPTION).read_text())
-        _ = described["model_sha256"], described["ramps_sha256"], described["labels"], described["options"]
+        _ = described["model_sha256"]["float32"], described["ramps_sha256"], described["labels"], described["options"]
     except (OSError, ValueError, KeyError, TypeError):
         raise MsltError(f"{folder}: holds no ramps (no {DESCRIPTION} that can be read); make them with "
                         "`mslt exit train`") from None  # fmt: skip
@@ -275,14 +292,16 @@ def opened(folder: Path, described: dict[str, Any]) -> PreTrainedModel:
 
 def refuse_another(folder: Path, described: dict[str, Any], model: PreTrainedModel) -> None:
     """MsltError where the ramps are another model's, the plain differences first."""
+    refuse_unlike(model)
     config = model.config
+    dtype = str(model.dtype).removeprefix("torch.")
     for what, theirs, own in (
         ("layers", described["num_layers"], config.num_hidden_layers),
         ("labels", len(described["labels"]), config.num_labels),
         ("width", described["width"], config.hidden_size),
-        ("weights (sha256, fp32)", described["model_sha256"][:12], None),
+        (f"weights (sha256, {dtype})", described["model_sha256"].get(dtype, "unknown")[:12], None),
     ):
-        own = model_hash(model)[:12] if own is None else own
+        own = model_hash(model, model.dtype)[:12] if own is None else own
         if theirs != own:
             raise MsltError(
                 f"{folder}: ramps of another model: {what} {theirs} there, {own} here; load them onto "
@@ -290,10 +309,12 @@ def refuse_another(folder: Path, described: dict[str, Any], model: PreTrainedMod
             )
 
 
-def model_hash(model: PreTrainedModel) -> str:
-    """Of names, shapes and bits of all weights, whatever the device."""
+def model_hash(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    """Of names, shapes and values of all weights, rounded to `dtype`, whatever the device. Rounding cannot be undone,
+    so ramps keep the hash in each of TYPES, and are compared in the one that the model is in."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        sha256.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        sha256.update(f"{name} {list(tensor.shape)}".encode())
+        sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return sha256.hexdigest()

@@ -17,15 +17,16 @@ from mslt.errors import MsltError
 @dataclass(frozen=True)
 class ExitRule:
     """Leave where the entropy is below `thresholds`, one for all exits or one for each but the last; or with `patience`
-    where so many exits in a row gave the answer of the one before them, of a regression to within `tolerance`."""
+    where so many exits in a row gave the answer of the one before them: of a regression, one less than `tolerance`
+    away."""
 
     thresholds: tuple[float, ...] = ()
     patience: int | None = None
-    tolerance: float = 0.0
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         if self.patience is not None:
-            return f"patience {self.patience}" + (f", tolerance {self.tolerance:g}" if self.tolerance else "")
+            return f"patience {self.patience}" + ("" if self.tolerance is None else f", tolerance {self.tolerance:g}")
         return "S = " + ", ".join(f"{threshold:.4g}" for threshold in self.thresholds)
 
 
@@ -42,13 +43,13 @@ def by_entropy(thresholds: float | Sequence[float]) -> ExitRule:
     return ExitRule(tuple(float(threshold) for threshold in given))
 
 
-def by_patience(patience: int, tolerance: float = 0.0) -> ExitRule:
-    """MsltError for a patience below 1 or a tolerance that is NaN or negative."""
+def by_patience(patience: int, tolerance: float | None = None) -> ExitRule:
+    """MsltError for a patience below 1, or a tolerance that is NaN, infinite, 0 or negative."""
     if patience < 1:
         raise MsltError(f"patience {patience}: so many exits must agree with the one before; give 1 or more")
-    if math.isnan(tolerance) or tolerance < 0:
-        raise MsltError(f"tolerance {tolerance}: scores agree where they are at most so far apart; give 0 or more")
-    return ExitRule(patience=patience, tolerance=float(tolerance))
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise MsltError(f"tolerance {tolerance}: scores agree where they are less than that apart; give more than 0")
+    return ExitRule(patience=patience, tolerance=tolerance)
 
 
 def refuse_unfit(rule: ExitRule, num_exits: int, is_regression: bool) -> None:
@@ -56,13 +57,20 @@ def refuse_unfit(rule: ExitRule, num_exits: int, is_regression: bool) -> None:
     if rule.patience is None and is_regression:
         raise MsltError("entropy: a regression has none, its exits give a score; let rows leave by patience, with a "
                         "tolerance")  # fmt: skip
+    if rule.patience is not None and is_regression != (rule.tolerance is not None):
+        raise MsltError(
+            "tolerance: none is given, and scores are seldom the same; give how near they must be to agree"
+            if is_regression
+            else f"tolerance {rule.tolerance}: is for scores, this model's exits agree by their label; leave it out"
+        )
     if rule.patience is None and len(rule.thresholds) not in (1, num_exits - 1):
         raise MsltError(f"thresholds: {len(rule.thresholds)} are given; give one for all exits, or {num_exits - 1}, "
                         "one for each but the last")  # fmt: skip
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """[…, C] → […], nats, fp32: never below 0, and finite for all finite logits."""
+    """[…, C] → […], nats, fp32 whatever the logits are in: never below 0, and finite where they are and lie less than
+    3e38 apart. NaN where one is not finite, so that nobody leaves by it."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -81,8 +89,9 @@ def leaves(
     if rule.patience is None:
         return entropy_B < rule.thresholds[k if len(rule.thresholds) > 1 else 0], kept_B2
     if logits_BC.shape[-1] == 1:
+        assert rule.tolerance is not None
         answer_B = logits_BC[:, 0].float()
-        agrees_B = (answer_B - kept_B2[:, 0]).abs() <= rule.tolerance
+        agrees_B = (answer_B - kept_B2[:, 0]).abs() < rule.tolerance  # strict, as PABEE's τ
     else:
         answer_B = logits_BC.argmax(-1).float()
         agrees_B = answer_B == kept_B2[:, 0]

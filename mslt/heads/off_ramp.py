@@ -50,18 +50,20 @@ class OffRamp(nn.Module):
 
 
 def pool_weights(attention_mask_BT: torch.Tensor | None, h_BTD: torch.Tensor, pooling: Pooling) -> torch.Tensor | None:
-    """[B, 1, T] that sum up to 1 over the tokens that are no padding; None where the first token alone counts."""
+    """[B, T, 1], fp32, that sum up to 1 over the tokens that are no padding; None where the first token alone
+    counts."""
     if pooling == "cls":
         return None
     if attention_mask_BT is None:
-        return h_BTD.new_full((len(h_BTD), 1, h_BTD.shape[1]), 1 / h_BTD.shape[1])
-    weights_BT = attention_mask_BT.to(h_BTD.dtype)
-    return (weights_BT / weights_BT.sum(1, keepdim=True))[:, None, :]
+        return torch.full((*h_BTD.shape[:2], 1), 1 / h_BTD.shape[1], device=h_BTD.device)
+    weights_BT = attention_mask_BT.float()
+    return (weights_BT / weights_BT.sum(1, keepdim=True))[:, :, None]
 
 
-def pool(h_BTD: torch.Tensor, weights_B1T: torch.Tensor | None) -> torch.Tensor:
-    """What ramps read of a layer's output, [B, D]."""
-    return h_BTD[:, 0] if weights_B1T is None else torch.bmm(weights_B1T, h_BTD)[:, 0]
+def pool(h_BTD: torch.Tensor, weights_BT1: torch.Tensor | None) -> torch.Tensor:
+    """What ramps read of a layer's output, [B, D] in its type. The mean is summed up in fp32: autocast lowers matrix
+    products, and no product and sum."""
+    return h_BTD[:, 0] if weights_BT1 is None else (h_BTD.float() * weights_BT1).sum(1).to(h_BTD.dtype)
 
 
 def new_ramps(model: PreTrainedModel, seed: int) -> nn.ModuleList:

@@ -1,7 +1,8 @@
 """Table 1 and Figures 2 to 6 of Xin et al. 2020 (arXiv:2004.12993) for any models and tasks: PNG, CSV and JSON.
 
 What goes in is what `mslt exit sweep` and `mslt exit bench` find. Layers count from 0, the last exit is the whole
-model.
+model. Our thresholds are chosen on the rows that they are reported on, and every table and figure of them says so;
+the paper chose on validation and reports test. `mslt exit calibrate` judges by other rows than it chooses on.
 """
 
 import csv
@@ -16,12 +17,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from mslt.evaluate.exit_sweep import best_within
 from mslt.evaluate.glue_tasks import PRESETS
 from mslt.files import whole_file, write_json
 from mslt.report import paper
 
 Sweep = dict[str, Any]
 Row = dict[str, Any]
+SAME = "the same rows"
 DROPS = (0.5, 3.0)  # points: the paper's first threshold loses less, its last 2 to 4
 LINES = {"entropy": {"marker": "o", "markersize": 2.5, "linewidth": 1.3}, "patience": {"marker": "s", "markersize": 4,
                                                                                        "linestyle": ":"}}  # fmt: skip
@@ -64,7 +67,7 @@ def points_of(sweep: Sweep) -> list[Row]:
 
 def rule_of(point: Row) -> str:
     if "patience" in point:
-        return f"patience {point['patience']}" + (f" ± {point['tolerance']:g}" if point["tolerance"] else "")
+        return f"patience {point['patience']}" + ("" if point["tolerance"] is None else f" ± {point['tolerance']:g}")
     return "S = " + ", ".join(f"{s:.3g}" for s in point["thresholds"])
 
 
@@ -81,10 +84,8 @@ def chosen(sweep: Sweep) -> list[Row]:
     """As the paper chooses its thresholds: the most saving with less than 0.5 points lost, one at 2 to 4, and one
     between; fewer where they are the same."""
     points = sorted(points_of(sweep), key=lambda point: point["saving"])
-    first, last = (
-        max((p for p in points if drop_of(sweep, p) <= drop + 1e-9), key=lambda p: p["saving"], default=points[0])
-        for drop in DROPS
-    )
+    found_of = [(p, p["saving"], drop_of(sweep, p)) for p in points]
+    first, last = (best_within(found_of, drop) or points[0] for drop in DROPS)
     middle = (first["saving"] + last["saving"]) / 2
     between = min(points, key=lambda p: (abs(p["saving"] - middle), drop_of(sweep, p)))
     found: list[Row] = []
@@ -99,18 +100,25 @@ def table_rows(sweeps: Sequence[Sweep]) -> list[Row]:
     rows: list[Row] = []
     for sweep in sweeps:
         metric = sweep["metric"]
-        base = {"model": sweep["exits"], "task": sweep["task"], "metric": metric, "split": "validation"}
+        base = {
+            "model": sweep["exits"],
+            "task": sweep["task"],
+            "metric": metric,
+            "split": "validation",
+            "chosen_on": None,
+        }
         rows.append({**base, "method": "whole", "score": 100 * sweep["full"][metric], "saving": 0.0})
         for point in chosen(sweep):
             rows.append({**base, "method": rule_of(point), "score": _change(sweep, point),
-                         "saving": 100 * point["saving"]})  # fmt: skip
+                         "saving": 100 * point["saving"], "chosen_on": SAME})  # fmt: skip
     for task in dict.fromkeys(sweep["task"] for sweep in sweeps):
         for reported in paper.EARLY_EXIT:
             if task in reported.scores:
                 rows.append({"model": f"{reported.model} (Xin et al.)", "task": task,
                              "metric": PRESETS["deebert"].headline(task), "split": "test",
                              "method": reported.method, "score": reported.scores[task],
-                             "saving": reported.savings.get(task, 0.0)})  # fmt: skip
+                             "saving": reported.savings.get(task, 0.0),
+                             "chosen_on": "validation" if reported.method == "DeeBERT" else None})  # fmt: skip
     return rows
 
 
@@ -150,7 +158,7 @@ def histogram_rows(sweeps: Sequence[Sweep]) -> list[Row]:
     """Figure 6: of the thresholds of Table 1."""
     return [
         {"model": sweep["exits"], "task": sweep["task"], "rule": rule_of(point), "saving": point["saving"],
-         "drop_points": drop_of(sweep, point), "exit": k, "rows": rows}
+         "drop_points": drop_of(sweep, point), "chosen_on": SAME, "exit": k, "rows": rows}
         for sweep in sweeps
         for point in chosen(sweep)
         for k, rows in enumerate(point["num_leaving"])
@@ -166,7 +174,8 @@ def lines(sweeps: Sequence[Sweep]) -> list[str]:
                        f"{100 * sweep['full'][metric]:.1f}")  # fmt: skip
         alone = ", ".join(f"{k}: {100 * found[metric]:.1f}" for k, found in enumerate(sweep["alone"]))
         printed.append(f"  each exit alone (from 0): {alone}")
-        shown = [*chosen(sweep), *(p for p in sweep["points"]["patience"] if p["saving"] and "tolerance" in p)][:12]
+        shown = [*chosen(sweep), *(p for p in sweep["points"]["patience"] if p["saving"])][:12]
+        printed.append(f"  rules, the first {len(chosen(sweep))} chosen on {SAME}:")
         for point in shown:
             leaving = " ".join(str(n) for n in point["num_leaving"])
             printed.append(f"  {rule_of(point):>18}: {_change(sweep, point):+5.1f} points, {point['saving']:6.1%} of "
@@ -296,6 +305,7 @@ def _draw_histograms(sweeps: Sequence[Sweep]) -> Any:
             axes.set_xticks(range(0, len(shares), 1 if len(shares) <= 12 else 2))
             axes.set_xlabel("layer that rows leave behind, from 0", fontsize=8)
         row[0].set_ylabel(f"{names[sweep['exits']]}\n{sweep['task']}, % of rows", fontsize=8)
+    figure.suptitle(f"where rows leave; thresholds chosen on {SAME}", fontsize=9)
     return figure
 
 
@@ -323,6 +333,6 @@ def _draw_table(rows: Sequence[Row]) -> Any:
     )
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)
-    axes.set_title("score, or points lost and the share saved: ours of layers, validation; Xin et al. of time, test",
-                   fontsize=8)  # fmt: skip
+    axes.set_title("score, or points lost and the share saved: ours of layers, validation, thresholds chosen on "
+                   f"{SAME}; Xin et al. of time, test", fontsize=8)  # fmt: skip
     return figure

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, DistilBertConfig, DistilBertForSequenceClassification
 
 from mslt.errors import MsltError
 from mslt.heads.early_exit import EarlyExitModel
@@ -45,7 +45,7 @@ def test_a_batch_answers_as_its_rows_one_by_one(kind: str, pooling: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_its_side_change_nothing_but_rounding(kind: str) -> None:
+def test_padding_changes_nothing_but_rounding(kind: str) -> None:
     exits, inputs = with_exits(kind), batch()
     rule = by_entropy(middle_threshold(exits, inputs))
     found = exits(**inputs, rule=rule)
@@ -118,18 +118,13 @@ def test_padding_goes_with_the_rows_that_needed_it() -> None:
     assert widths[-1][1] < widths[0][1]
 
 
-def test_left_padding_is_trimmed_too() -> None:
-    exits, inputs = with_exits("Roberta", pooling="mean"), batch()
-    rule = by_entropy(middle_threshold(exits, inputs))
-    left = {
-        "input_ids": torch.stack([torch.cat([ids[ids == 0], ids[ids != 0]]) for ids in inputs["input_ids"]]),
-        "attention_mask": inputs["attention_mask"].flip(1),
-    }
-    found, expected = exits(**left, rule=rule), exits(**inputs, rule=rule)
-    early = expected.exit_layer < 3  # the last exit reads the first column, which is padding here
-    assert early.any()
-    assert torch.equal(found.exit_layer, expected.exit_layer)
-    torch.testing.assert_close(found.logits[early], expected.logits[early], rtol=0, atol=1e-5)
+def test_left_padding_is_refused() -> None:
+    exits, inputs = with_exits(), batch(4)
+    left = {name: tensor.flip(1) for name, tensor in inputs.items()}
+    first = int((left["attention_mask"][:, 0] == 0).nonzero()[0])
+    for run in (exits, exits.all_logits):
+        with pytest.raises(MsltError, match=rf"attention_mask: row {first} begins with padding; pad on the right"):
+            run(**left)
 
 
 def test_mean_pooling_is_the_mean_over_tokens() -> None:
@@ -138,6 +133,19 @@ def test_mean_pooling_is_the_mean_over_tokens() -> None:
     torch.testing.assert_close(pool(h, pool_weights(mask, h, "mean")), expected)
     torch.testing.assert_close(pool(h, pool_weights(None, h, "mean")), h.mean(1))
     assert torch.equal(pool(h, pool_weights(mask, h, "cls")), h[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_is_summed_up_in_fp32(dtype: torch.dtype) -> None:
+    h, mask = 100 + torch.randn(2, 500, 3), torch.ones(2, 500, dtype=torch.int64)
+    expected = h.to(dtype).double().mean(1)
+    with torch.autocast("cpu", dtype):
+        in_autocast = pool(h.to(dtype).float(), pool_weights(mask, h, "mean"))
+    assert in_autocast.dtype == torch.float32
+    torch.testing.assert_close(in_autocast.double(), expected, rtol=1e-6, atol=0)
+    for given in (mask, None):
+        found = pool(h.to(dtype), pool_weights(given, h.to(dtype), "mean"))
+        assert torch.equal(found, expected.to(dtype)), "rounded once, at the end"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +158,7 @@ def test_a_regression_leaves_by_patience_and_not_by_entropy(kind: str) -> None:
     assert len(set(found.exit_layer.tolist())) >= 2
     with torch.no_grad():
         expected = exits.model(**inputs).logits
-    torch.testing.assert_close(exits(**inputs, rule=by_patience(9)).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(exits(**inputs, rule=by_patience(9, 0.2)).logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +195,21 @@ def test_what_is_no_classifier_or_has_one_layer_is_refused() -> None:
         EarlyExitModel.from_finetuned(classifier().bert)
     with pytest.raises(MsltError, match="1 layer"):
         EarlyExitModel.from_finetuned(classifier(num_hidden_layers=1))
+    config = DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, vocab_size=64)
+    with pytest.raises(MsltError, match="model_type distilbert: is not supported; take a classifier of bert, roberta"):
+        EarlyExitModel.from_finetuned(DistilBertForSequenceClassification(config))
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_several_labels_or_scores_at_once_are_refused(problem: str, tmp_path: Path) -> None:
+    exits = with_exits()
+    exits.save_pretrained(tmp_path)
+    exits.model.config.problem_type = problem
+    said = f"problem_type {problem} with 2 outputs: an exit answers with one label"
+    with pytest.raises(MsltError, match=said):
+        EarlyExitModel.from_finetuned(exits.model)
+    with pytest.raises(MsltError, match=said):
+        EarlyExitModel.from_pretrained(tmp_path, exits.model)
 
 
 # Bad batches
@@ -199,7 +222,7 @@ def test_bad_batches_are_refused() -> None:
     with pytest.raises(MsltError, match="batch is empty"):
         exits(torch.empty(3, 0, dtype=torch.int64))
     inputs["attention_mask"][2] = 0
-    with pytest.raises(MsltError, match="row 2 is padding alone"):
+    with pytest.raises(MsltError, match="row 2 begins with padding"):
         exits(**inputs)
     with pytest.raises(MsltError, match="2 are given; give one for all exits, or 3"):
         exits(**batch(4), rule=by_entropy([0.1, 0.2]))
@@ -237,6 +260,19 @@ def test_ramps_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 getattr(found, field.name), getattr(expected, field.name), rtol=0, atol=0, equal_nan=True
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ramps_know_their_model_in_any_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    exits = with_exits()
+    exits.save_pretrained(tmp_path)
+    again = EarlyExitModel.from_pretrained(tmp_path, classifier().to(dtype))
+    assert again.ramps[0].dense.weight.dtype == dtype
+    with pytest.raises(MsltError, match=f"ramps of another model: weights .sha256, {str(dtype)[6:]}"):
+        EarlyExitModel.from_pretrained(tmp_path, classifier(seed=9).to(dtype))
+    exits.to(dtype).save_pretrained(tmp_path / "rounded")  # and what was rounded before, in wider types
+    for wider in (dtype, torch.float32):
+        EarlyExitModel.from_pretrained(tmp_path / "rounded", classifier().to(dtype).to(wider))
 
 
 def test_ramps_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,20 @@ from typer.testing import CliRunner
 
 from mslt.cli.main import app
 from mslt.errors import MsltError
-from mslt.evaluate.exits import exit_logits_of, heldout, open_exits
+from mslt.evaluate.exits import exit_logits_of, heldout, open_exits, refuse_labels
+from mslt.evaluate.glue_tasks import TASKS
+from mslt.evaluate.opening import open_tokenizer, tokenizer_digest
 from mslt.heads.early_exit import EarlyExitModel
 from mslt.heads.exit_rule import by_entropy, by_patience, counts, exits_of, expected_saving, left_with
 from mslt.report import paper
 from tests.encoders import write_encoder
+from tests.exits import classifier
 from tests.glue_files import write_glue
 
-QUICK = ["--batch-size", "16", "--max-tokens", "16", "--epochs", "2", "--ramp-epochs", "2", "--learning-rate", "0.002"]
+SMALL = ["--batch-size", "16", "--max-tokens", "16"]
+JOINT = [*SMALL, "--joint", "--epochs", "2", "--learning-rate", "0.002"]
+RAMPS = [*SMALL, "--ramp-epochs", "2"]
+QUICK = [*RAMPS, "--epochs", "2", "--learning-rate", "0.002"]
 
 
 def command(*arguments: object) -> Any:
@@ -62,7 +71,7 @@ def test_both_stages_make_a_model_and_its_ramps(trained: Path) -> None:
 def test_ramps_alone_on_a_finetuned_model_name_it_and_leave_it(trained: Path, glue: list[str], tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in (trained / "model").iterdir()}
     found = printed("train", trained / "model", "--task", "SST-2", "--out", tmp_path / "mean", "--pooling", "mean",
-                    "--distillation", "0.5", *QUICK, *glue)  # fmt: skip
+                    "--distillation", "0.5", *RAMPS, *glue)  # fmt: skip
     assert found["stages"] == "ramps"
     assert not (tmp_path / "mean" / "model").exists()
     assert {file.name: file.read_bytes() for file in (trained / "model").iterdir()} == before
@@ -74,13 +83,76 @@ def test_ramps_alone_on_a_finetuned_model_name_it_and_leave_it(trained: Path, gl
 @pytest.mark.parametrize("kind", ["roberta", "electra"])
 def test_joint_training_of_other_families(kind: str, glue: list[str], tmp_path: Path) -> None:
     encoder = write_encoder(tmp_path / "encoder", kind)
-    found = printed("train", encoder, "--task", "SST-2", "--out", tmp_path / "exits", "--joint", *QUICK, *glue)
+    found = printed("train", encoder, "--task", "SST-2", "--out", tmp_path / "exits", *JOINT, *glue)
     assert found["stages"] == "joint"
-    assert found["training"]["ramps"]["learning_rate"] == 5e-5
+    assert found["training"]["ramps"] == found["training"]["stage_1"]
+    assert (found["training"]["ramps"]["learning_rate"], found["training"]["ramps"]["num_epochs"]) == (0.002, 2)
     assert (tmp_path / "exits" / "model" / "config.json").is_file()
     scored = printed("eval", tmp_path / "exits", "--threshold", "0.5", *glue)
     assert 0 <= scored["expected_saving"] <= 0.5
     assert sum(scored["num_leaving"]) == 64
+
+
+def test_a_grown_model_gets_exits(glue: list[str], tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "encoder", num_hidden_layers=2)
+    grown = CliRunner().invoke(app, ["grow", str(encoder), str(tmp_path / "grown"), "--sources", "0-1,0-1"])
+    assert grown.exception is None, grown.output
+    command("train", tmp_path / "grown", "--task", "SST-2", "--out", tmp_path / "exits", *QUICK, *glue)
+    scored = printed("eval", tmp_path / "exits", "--threshold", "0", *glue)
+    assert scored["num_leaving"] == [0, 0, 0, 64]
+
+
+def test_the_tokenizer_that_was_named_stays_with_the_exits(trained: Path, glue: list[str], tmp_path: Path) -> None:
+    other, model = tmp_path / "other", tmp_path / "model"
+    shutil.copytree(trained / "model", model)
+    shutil.copytree(trained / "model", other)
+    named = json.loads((other / "tokenizer.json").read_text())
+    good, bad = (named["model"]["vocab"][word] for word in ("good", "bad"))
+    named["model"]["vocab"] |= {"good": bad, "bad": good}
+    (other / "tokenizer.json").write_text(json.dumps(named))
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    command("train", model, "--task", "SST-2", "--out", tmp_path / "exits", "--tokenizer", other, *RAMPS, *glue)
+    assert open_exits(tmp_path / "exits", None, "cpu").tokenizer.convert_tokens_to_ids("good") == bad
+    command("eval", tmp_path / "exits", "--threshold", "0.5", *glue)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "said"),
+    [
+        ("MNLI", ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"],
+         r"in the order CONTRADICTION, NEUTRAL, ENTAILMENT, MNLI counts its labels in the order "
+         r"entailment, neutral, contradiction; put the rows"),
+        ("SST-2", ["1", "0"], "in the order 1, 0, SST-2 counts its labels in the order 0, 1"),
+        ("RTE", ["not entailment", "entailment"], "in the order not entailment, entailment, RTE counts"),
+        ("MNLI", ["Entailment", "neutral", "contradiction"], None),
+        ("MNLI", ["LABEL_0", "LABEL_1", "LABEL_2"], None),
+    ],
+)  # fmt: skip
+def test_labels_in_another_order_are_refused(task: str, labels: list[str], said: str | None) -> None:
+    model = classifier(num_labels=len(labels), id2label=dict(enumerate(labels)))
+    if said is None:
+        refuse_labels("tuned", model, TASKS[task])
+    else:
+        with pytest.raises(MsltError, match=said):
+            refuse_labels("tuned", model, TASKS[task])
+
+
+def test_long_work_is_counted(trained: Path, glue: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def recorder() -> Iterator[Any]:
+        yield lambda *each: told.append(each)
+
+    monkeypatch.setattr("mslt.cli.progress.counted_parts", recorder)
+    encoder = write_encoder(tmp_path / "encoder")
+    command("train", encoder, "--task", "SST-2", "--out", tmp_path / "exits", "--max-train-rows", "32", *QUICK, *glue)
+    assert told == [("fine-tuning", 1, 4), ("fine-tuning", 2, 4), ("fine-tuning", 3, 4), ("fine-tuning", 4, 4),
+                    ("what ramps read, once", 1, 1), *(("ramps", batch, 4) for batch in range(1, 5))]  # fmt: skip
+    told.clear()
+    command("sweep", trained, *glue)
+    assert told == [("all exits", 1, 1)]
 
 
 def test_a_regression_leaves_by_patience(glue: list[str], tmp_path: Path) -> None:
@@ -136,7 +208,10 @@ def test_the_papers_table_and_figures(trained: Path, glue: list[str], tmp_path: 
     ours = [row for row in table if row["split"] == "validation"]
     assert ours[0]["score"] == pytest.approx(100 * swept["full"]["accuracy"])
     assert all(row["score"] >= -3 for row in ours[1:])
+    assert [row["chosen_on"] for row in ours] == [None, *["the same rows"] * (len(ours) - 1)]
+    assert "chosen on the same rows" in command("sweep", trained, *glue).stdout
     theirs = [row for row in table if row["split"] == "test"]
+    assert {row["chosen_on"] for row in theirs if row["method"] == "DeeBERT"} == {"validation"}
     assert [(r["score"], r["saving"]) for r in theirs if r["method"] == "DeeBERT"][:3] == [
         (-0.2, 21), (-0.6, 40), (-2.1, 47)
     ]  # fmt: skip
@@ -145,6 +220,7 @@ def test_the_papers_table_and_figures(trained: Path, glue: list[str], tmp_path: 
     assert savings[0] == 0
     assert savings[-1] == pytest.approx(0.75)
     histogram = json.loads((tmp_path / "figure-6.json").read_text())
+    assert {row["chosen_on"] for row in histogram} == {"the same rows"}
     assert sum(row["rows"] for row in histogram) % 64 == 0
 
 
@@ -157,6 +233,38 @@ def test_bench_sets_measured_beside_expected(trained: Path, glue: list[str]) -> 
     assert always["speedup"] > never["speedup"]
     assert len(always["plain_s"]) == len(always["early_s"]) == 2
     assert json.loads((trained / "bench-SST-2-8.json").read_text()) == found
+    assert_says_where_it_comes_from(found, trained, 24)
+    assert found["settings"] == {"batch_size": 8, "turns": 2, "check_every": 1, "split": None, "subset": True,
+                                 "max_rows": 24}  # fmt: skip
+    seldom = printed("bench", trained, "--threshold", "0.7", "--turns", "1", "--batch-size", "8", "--check-every", "0",
+                     "--max-rows", "24", *glue)  # fmt: skip
+    assert seldom["settings"]["check_every"] == 0
+    assert seldom["rules"][0]["num_leaving"] == always["num_leaving"]
+
+
+def assert_says_where_it_comes_from(found: dict[str, Any], exits: Path, num_rows: int) -> None:
+    described = json.loads((exits / "ramps.json").read_text())
+    assert found["model_sha256"] == described["model_sha256"]["float32"]
+    assert found["ramps_sha256"] == described["ramps_sha256"]
+    assert found["tokenizer"] == tokenizer_digest(open_tokenizer(str(exits / "model")))
+    assert found["data"]["rows"] == num_rows
+    assert len(found["data"]["sha256"]) == 64
+    assert found["provenance"]["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("check_every", [0, 3])
+def test_how_often_the_device_is_asked_changes_no_score(
+    trained: Path, glue: list[str], check_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    forward = EarlyExitModel.forward
+    monkeypatch.setattr(
+        EarlyExitModel, "forward", lambda *a, **more: asked.append(more["check_every"]) or forward(*a, **more)
+    )
+    found = printed("eval", trained, "--threshold", "0.5", "--check-every", check_every, *glue)
+    assert set(asked) == {check_every}
+    assert found == printed("eval", trained, "--threshold", "0.5", *glue)
 
 
 def test_calibration_chooses_on_one_half_and_judges_by_the_other(trained: Path, glue: list[str]) -> None:
@@ -170,8 +278,14 @@ def test_calibration_chooses_on_one_half_and_judges_by_the_other(trained: Path, 
     assert by_rule["rule"] == found["rule"]
     own = printed("calibrate", trained, "--max-drop", "2", "--per-layer", *glue)
     assert len(own["rule"]["thresholds"]) == 3
+    assert json.loads((trained / "calibration.json").read_text()) == own
+    assert_says_where_it_comes_from(own, trained, 64)
+    assert own["settings"] == {"max_drop": 2, "max_ms": None, "by": "entropy", "per_layer": True, "seed": 0,
+                               "split": None, "subset": True, "max_rows": None}  # fmt: skip
     slow = printed("calibrate", trained, "--max-ms", "100000", *glue)
-    assert slow["latency_s"] < 100
+    assert 0 < slow["measured_s"] < 100
+    assert 0 < slow["predicted_s"] < 100
+    assert "measured; predicted" in command("calibrate", trained, "--max-ms", "100000", *glue).stdout
     with pytest.raises(MsltError, match="the fastest rule takes"):
         command("calibrate", trained, "--max-ms", "0.000001", *glue)
 
@@ -235,6 +349,11 @@ def test_bad_folders_and_checkpoints_are_refused_before_training(
         ([trained / "model", "--task", "SST-2", "--ramp-init", "stages", "--ramp-init-from", tmp_path], "no run dir"),
         ([trained / "model", "--task", "SST-2", "--distillation", "1.5"], "distillation 1.5: is a share"),
         ([trained / "model", "--task", "SST-2", "--max-tokens", "64"], "has 40 positions"),
+        (
+            [trained / "model", "--task", "SST-2", "--epochs", "3"],
+            "--epochs 3: trains nothing.*give --ramp-learning-rate",
+        ),
+        ([trained / "model", "--task", "SST-2", "--joint", "--ramp-epochs", "3"], "--ramp-epochs 3: trains nothing"),
         ([write_encoder(tmp_path / "flat", num_hidden_layers=1), "--task", "SST-2"], "1 layer"),
         ([tmp_path, "--task", "SST-2"], "no model folder"),
     ):
@@ -248,7 +367,7 @@ def test_bad_folders_and_checkpoints_are_refused_before_training(
 
 
 def test_ramps_whose_model_was_changed_are_refused(trained: Path, glue: list[str], tmp_path: Path) -> None:
-    command("train", trained / "model", "--task", "SST-2", "--out", tmp_path / "ramps", *QUICK, *glue)
+    command("train", trained / "model", "--task", "SST-2", "--out", tmp_path / "ramps", *RAMPS, *glue)
     model = AutoModelForSequenceClassification.from_pretrained(trained / "model")
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)

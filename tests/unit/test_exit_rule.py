@@ -28,6 +28,7 @@ from mslt.heads.exit_rule import (
         torch.tensor([1e38, -1e38]),
         torch.tensor([12.0, -8.0], dtype=torch.float16),
         torch.tensor([60000.0, -60000.0], dtype=torch.float16),
+        torch.tensor([20.0, 0.0], dtype=torch.float16),  # where p log p in fp16 is NaN
     ],
 )
 def test_entropy_is_finite_and_not_negative(logits: torch.Tensor) -> None:
@@ -73,7 +74,11 @@ def test_patience_takes_scores_with_a_tolerance() -> None:
     assert exits_of(by_patience(1, 0.25), scores_EBC).tolist() == [2, 2]
     assert exits_of(by_patience(2, 0.25), scores_EBC).tolist() == [3, 3]
     assert exits_of(by_patience(1, 0.5), scores_EBC).tolist() == [1, 2]
-    assert exits_of(by_patience(1, 0.0), scores_EBC).tolist() == [3, 3]
+
+
+def test_scores_as_far_apart_as_the_tolerance_do_not_agree() -> None:
+    scores_EBC = torch.tensor([[1.0, 1.0], [1.5, 1.25], [9.0, 9.0]])[:, :, None]
+    assert exits_of(by_patience(1, 0.5), scores_EBC).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +123,10 @@ def test_nonsense_thresholds_are_refused(threshold: float | list[float]) -> None
         by_entropy(threshold)
 
 
-@pytest.mark.parametrize(("patience", "tolerance"), [(0, 0.0), (-1, 0.0), (1, math.nan), (1, -0.5)])
-def test_nonsense_patience_is_refused(patience: int, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("patience", "tolerance"), [(0, None), (-1, None), (1, math.nan), (1, math.inf), (1, 0), (1, -0.5)]
+)
+def test_nonsense_patience_is_refused(patience: int, tolerance: float | None) -> None:
     with pytest.raises(MsltError, match=r"(patience|tolerance) .*give"):
         by_patience(patience, tolerance)
 
@@ -127,7 +134,11 @@ def test_nonsense_patience_is_refused(patience: int, tolerance: float) -> None:
 def test_a_regression_has_no_entropy_and_a_list_has_as_many_as_ramps() -> None:
     with pytest.raises(MsltError, match=r"regression.*patience"):
         refuse_unfit(by_entropy(0.1), 4, is_regression=True)
-    refuse_unfit(by_patience(2), 4, is_regression=True)
+    refuse_unfit(by_patience(2, 0.1), 4, is_regression=True)
+    with pytest.raises(MsltError, match="tolerance: none is given"):
+        refuse_unfit(by_patience(2), 4, is_regression=True)
+    with pytest.raises(MsltError, match=r"tolerance 0\.1: is for scores.*leave it out"):
+        refuse_unfit(by_patience(2, 0.1), 4, is_regression=False)
     with pytest.raises(MsltError, match="thresholds: 2 are given; give one for all exits, or 3"):
         refuse_unfit(by_entropy([0.1, 0.2]), 4, is_regression=False)
     refuse_unfit(by_entropy([0.1, 0.2, 0.3]), 4, is_regression=False)

@@ -35,6 +35,10 @@ def batch_of(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
             "labels": torch.tensor([each.label for each in rows])}  # fmt: skip
 
 
+def quiet(doing: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 def training(**changes: Any) -> RampTraining:
     settings = FineTuning(learning_rate=1e-3, batch_size=16, num_epochs=2, seed=3, warmup_share=0.0, weight_decay=0.1)
     return dataclasses.replace(RampTraining(settings, settings), **changes)
@@ -50,10 +54,12 @@ def test_training_ramps_leaves_every_other_tensor_as_it_was(
     exits = EarlyExitModel.from_finetuned(classifier(kind))
     model_before = {name: tensor.clone() for name, tensor in exits.model.state_dict().items()}
     ramps_before = {name: tensor.clone() for name, tensor in exits.ramps.state_dict().items()}
-    told: list[str] = []
+    told: list[tuple[str, int, int]] = []
     seen: list[int] = []
     hook = torch.autograd.graph.register_multi_grad_hook(tuple(exits.model.parameters()), lambda g: seen.append(1))
-    train_exits(exits, ROWS, batch_of, training(backbone_dropout=way == "with dropout"), told.append)
+    train_exits(
+        exits, ROWS, batch_of, training(backbone_dropout=way == "with dropout"), lambda *each: told.append(each)
+    )
     hook.remove()
     for name, tensor in exits.model.state_dict().items():
         assert torch.equal(tensor, model_before[name]), name
@@ -62,7 +68,8 @@ def test_training_ramps_leaves_every_other_tensor_as_it_was(
     assert all(parameter.grad is None for parameter in exits.model.parameters())
     assert not seen
     assert not exits.training
-    assert ("once" in told[0]) == (way == "kept")
+    once = [("what ramps read, once", 1, 1)] if way == "kept" else []
+    assert told == [*once, *(("ramps", batch, 6) for batch in range(1, 7))]
 
 
 def test_what_trains_are_the_ramps_alone_and_they_are_as_many_as_the_paper_counts(
@@ -76,7 +83,7 @@ def test_what_trains_are_the_ramps_alone_and_they_are_as_many_as_the_paper_count
         return []
 
     monkeypatch.setattr(exits_module, "fine_tune", spy)
-    train_exits(exits, ROWS, batch_of, training(), lambda _: None)
+    train_exits(exits, ROWS, batch_of, training(), quiet)
     assert counted == [3 * (32 * 32 + 32 + 32 * 3 + 3)]
 
 
@@ -85,7 +92,7 @@ def test_kept_and_computed_reads_train_the_same_ramps(monkeypatch: pytest.Monkey
     for kept_bytes in (exits_module.KEPT_BYTES, 0):
         monkeypatch.setattr(exits_module, "KEPT_BYTES", kept_bytes)
         exits = EarlyExitModel.from_finetuned(classifier())
-        train_exits(exits, ROWS, batch_of, training(), lambda _: None)
+        train_exits(exits, ROWS, batch_of, training(), quiet)
         found.append(exits.ramps.state_dict())
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4, msg=name)
@@ -97,7 +104,7 @@ def test_ramps_learn(changes: dict[str, Any]) -> None:
     labels = torch.tensor([each.label for each in ROWS])
     before = cross_entropy(exit_logits_of(exits, ROWS, batch_of)[1], labels)
     longer = FineTuning(learning_rate=3e-3, batch_size=16, num_epochs=30, seed=3)
-    train_exits(exits, ROWS, batch_of, training(ramps=longer, **changes), lambda _: None)
+    train_exits(exits, ROWS, batch_of, training(ramps=longer, **changes), quiet)
     assert cross_entropy(exit_logits_of(exits, ROWS, batch_of)[1], labels) < 0.9 * before
 
 
@@ -148,3 +155,7 @@ def test_presets_are_the_papers() -> None:
     assert (paper.weight_decay, paper.warmup_share, paper.seed) == (0.0, 0.0, 42)
     assert PRESETS["paper"].options.initial == "finetuned"
     assert PRESETS["paper-code"].options.initial == "pretrained"
+    for name, epochs in (("paper", 3), ("paper-roberta", 10), ("paper-code", 3), ("paper-code-roberta", 10)):
+        assert PRESETS[name].stage_1 == PRESETS[name].ramps
+        assert PRESETS[name].ramps.num_epochs == epochs
+        assert PRESETS[name].backbone_dropout == name.startswith("paper-code")
