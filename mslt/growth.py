@@ -179,6 +179,43 @@ def parse_sources(text: str) -> Sources:
     return tuple(sources)
 
 
+def copied_upwards(depth: int, source: int, targets: Sources) -> Sources:
+    """All layers, those in `targets` copies of layer `source`; a target may follow the top layer. MsltError for layers
+    that are not there."""
+    _refuse_absent(depth, "--copy", (source,))
+    sources: list[Source] = list(range(depth))
+    for target in targets:
+        if target == "random" or target > len(sources):
+            raise MsltError(
+                f"--to {target}: copies go onto layers 0 to {depth - 1}, or right above them; name such layers"
+            )
+        sources[target : target + 1] = [source]
+    return tuple(sources)
+
+
+def without_top(depth: int, count: int) -> Sources:
+    """MsltError where no layer, or all of them, would go."""
+    if not 1 <= count < depth:
+        gone = "would drop all layers" if count >= depth else "drops nothing"
+        raise MsltError(f"--drop-top {count}: {gone} of {depth}; give 1 to {depth - 1}")
+    return tuple(range(depth - count))
+
+
+def kept_layers(depth: int, kept: Sources) -> Sources:
+    """MsltError for layers that are not there, or not each once and in their order."""
+    _refuse_absent(depth, "--keep", kept)
+    if list(kept) != sorted(set(kept)):
+        raise MsltError(f"--keep {','.join(map(str, kept))}: name each layer once, in order; --sources takes any order")
+    return kept
+
+
+def _refuse_absent(depth: int, option: str, layers: Sources) -> None:
+    absent = [layer for layer in layers if layer == "random" or layer >= depth]
+    if absent:
+        raise MsltError(f"{option} {', '.join(map(str, absent))}: the model has layers 0 to {depth - 1} only; name "
+                        "some of these")  # fmt: skip
+
+
 def split_steps(steps: int, shares: tuple[float, ...]) -> list[int]:
     """`steps` divided as `shares` are to each other, to whole steps that add up."""
     total = sum(shares)

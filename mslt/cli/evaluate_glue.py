@@ -31,7 +31,9 @@ def glue(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results. Default: CKPT-evaluation/glue-PRESET.", show_default=False),
+        typer.Option(
+            help="Folder of the results. Default: CKPT-evaluation/glue-PRESET, and which objective.", show_default=False
+        ),
     ] = None,
     subset: Annotated[bool, typer.Option("--subset", help="The files hold a part of GLUE; do not count rows.")] = False,
     max_train_rows: Annotated[
@@ -54,6 +56,23 @@ def glue(
     new_pooler: Annotated[
         bool, typer.Option("--new-pooler", help="Where the checkpoint has no pooler, draw one at random.")
     ] = False,
+    multi_objective: Annotated[
+        bool,
+        typer.Option(
+            "--multi-objective",
+            help="Instead of its label, half of a batch's samples have hidden words to be read back.",
+        ),
+    ] = False,
+    extra_layer: Annotated[
+        bool,
+        typer.Option(
+            "--extra-layer", help="The same, the words read behind one more layer, which is left out afterwards."
+        ),
+    ] = False,
+    mlm_head: Annotated[
+        Literal["pretrained", "random"],
+        typer.Option(help="With --multi-objective or --extra-layer: the checkpoint's MLM head, or one drawn."),
+    ] = "pretrained",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of matrix products.")] = "fp32",
     at_once: Annotated[
         int, typer.Option(min=1, help="Fine-tunings side by side, where there is no GPU; else one on each.")
@@ -89,6 +108,10 @@ def glue(
     for rate in learning_rate or ():
         if not 0 < rate < 1:
             raise MsltError(f"--learning-rate {rate}: must be above 0 and below 1, like 5e-5")
+    if multi_objective and extra_layer:
+        raise MsltError("--multi-objective, --extra-layer: the latter is the former with a layer more; give one")
+    if mlm_head == "random" and not (multi_objective or extra_layer):
+        raise MsltError("--mlm-head random: goes with --multi-objective or --extra-layer")
     if hostfile is not None and node_rank is None:
         raise typer.Exit(on_every_host(everywhere(read_hostfile(hostfile), sys.argv[1:]), leave=None))
     num_at_once = at_once
@@ -103,6 +126,7 @@ def glue(
 
     from mslt.evaluate.glue import Source, cells_of
     from mslt.evaluate.glue_grid import run_glue
+    from mslt.evaluate.multi_objective import MultiObjective
     from mslt.evaluate.opening import locate
     from mslt.evaluate.positions import untrained_positions
     from mslt.rundir import evaluation_folder
@@ -110,7 +134,11 @@ def glue(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     located, origin = locate(checkpoint)
-    folder = out or evaluation_folder(located) / f"glue-{preset}"
+    objective, kind = None, ""
+    if multi_objective or extra_layer:
+        objective = MultiObjective("copy" if extra_layer else None, mlm_head)
+        kind = "-extra-layer" if extra_layer else "-multi-objective"
+    folder = out or evaluation_folder(located) / f"glue-{preset}{kind}"
     protocol = PRESETS[preset]
     if learning_rate:
         protocol = replace(protocol, learning_rates=tuple(learning_rate), rates={})
@@ -120,7 +148,7 @@ def glue(
         protocol = replace(protocol, num_epochs=epochs, epochs={})
     if max_tokens is not None:
         protocol = replace(protocol, max_tokens=max_tokens, tokens={})
-    source = Source(located, tokenizer, data_dir, subset, max_train_rows, new_pooler)
+    source = Source(located, tokenizer, data_dir, subset, max_train_rows, new_pooler, objective)
     cells = cells_of(protocol, task or protocol.tasks, range(seeds or protocol.num_seeds), precision)
     if warning := untrained_positions(located, origin, max(cell.max_tokens for cell in cells)):
         _tell(f"warning: {warning}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -16,6 +17,7 @@ from mslt.evaluate.fine_tune import Batch, FineTuning, fine_tune, predict
 from mslt.evaluate.glue_data import Row, read_split
 from mslt.evaluate.glue_scores import answers_of, scores
 from mslt.evaluate.glue_tasks import TASKS, Metric, Preset, Task
+from mslt.evaluate.multi_objective import MultiObjective, multi_objective_model
 from mslt.evaluate.opening import open_config, open_fitting_tokenizer, open_with_new_head
 from mslt.evaluate.positions import refuse_over_positions
 from mslt.models.checkpoint import save_fine_tuned
@@ -26,7 +28,7 @@ EVALUATION_BATCH = 64
 @dataclass(frozen=True)
 class Source:
     """What all fine-tunings of a grid share: the checkpoint, and where the rows are. `max_train_rows` takes so many of
-    the training rows, the same for all seeds."""
+    the training rows, the same for all seeds; `objective` adds masked words to their labels."""
 
     checkpoint: str
     tokenizer: str | None = None
@@ -34,6 +36,7 @@ class Source:
     is_subset: bool = False
     max_train_rows: int | None = None
     new_pooler: bool = False
+    objective: MultiObjective | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,12 @@ def run_cell(source: Source, cell: Cell, model_folder: Path | None, device: str)
     heldout = {split: read_split(task, split, source.data_dir, source.is_subset) for split in task.validation}
     epochs: list[dict[str, dict[str, float]]] = []
     best: dict[str, torch.Tensor] | None = None
-    for num_done in fine_tune(model, rows, lambda rows: collate(task, tokenizer, rows, cell.max_tokens), cell.settings):
+    trained: nn.Module = model
+    if source.objective is not None:
+        trained = multi_objective_model(model, source.checkpoint, tokenizer, source.objective, cell.settings.seed)
+    for num_done in fine_tune(
+        trained, rows, lambda rows: collate(task, tokenizer, rows, cell.max_tokens), cell.settings
+    ):
         if cell.best_epoch or num_done == cell.settings.num_epochs:
             epochs.append({split: _scored(task, tokenizer, model, heldout[split], cell) for split in heldout})
             if model_folder is not None and best_epoch(epochs, cell.headline) == len(epochs) - 1:

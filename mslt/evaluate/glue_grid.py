@@ -14,6 +14,7 @@ from mslt.evaluate.glue_data import read_split
 from mslt.evaluate.glue_submission import answer_tests, asked, write_submission
 from mslt.evaluate.glue_tasks import PRESETS, TASKS, Preset, Task
 from mslt.evaluate.grid import Job, run_jobs
+from mslt.evaluate.mlm_probe import pretrained_head
 from mslt.evaluate.opening import digest, tokenizer_digest
 from mslt.evaluate.result import refuse_other
 from mslt.files import lock_alone, write_json
@@ -42,6 +43,8 @@ def run_glue(
     tasks = {cell.task: TASKS[cell.task] for cell in cells}
     longest = max(cells, key=lambda cell: cell.max_tokens)
     tokenizer, _ = opened(source, tasks[longest.task], longest)  # its mistakes, now
+    if source.objective is not None and source.objective.head == "pretrained":
+        pretrained_head(source.checkpoint)
     if submission is not None:
         submission.parent.mkdir(parents=True, exist_ok=True)
     data = {name: _read_all(source, task, submission is not None) for name, task in tasks.items()}
@@ -51,6 +54,7 @@ def run_glue(
         "tokenizer": tokenizer_digest(tokenizer),
         "max_train_rows": source.max_train_rows,
         "new_pooler": source.new_pooler,
+        "objective": None if source.objective is None else asdict(source.objective),
     }
     _claim(folder, settings, {name: rows_sha256 for name, (_, rows_sha256) in data.items()}, cells)
 

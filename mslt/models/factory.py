@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mslt.config import ModelConfig
@@ -43,12 +43,18 @@ def fill(model: PreTrainedModel, state: State) -> None:
             parameter.copy_(state[name])
 
 
-def read_model(folder: Path) -> PreTrainedModel:
-    """The model in a Hugging Face folder, in the class its config names, fp32. MsltError where there is none."""
+def read_config(folder: Path) -> PretrainedConfig:
+    """Of a Hugging Face folder. MsltError where there is none, or one of a family that is not written."""
     if not (folder / "config.json").is_file():
         raise MsltError(f"{folder}: no model folder (it has no config.json)")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     families.family_of(config)
+    return config
+
+
+def read_model(folder: Path) -> PreTrainedModel:
+    """The model in a Hugging Face folder, in the class its config names, fp32. MsltError where there is none."""
+    config = read_config(folder)
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, name, None)
     if model_class is None:

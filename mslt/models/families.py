@@ -1,5 +1,6 @@
 """Where each part of a Hugging Face encoder lies: the only file that knows its attribute paths and key names."""
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,13 +90,52 @@ def layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def embed(
-    model: PreTrainedModel, input_ids_BT: torch.Tensor, token_type_ids_BT: torch.Tensor | None = None
+    model: PreTrainedModel,
+    input_ids_BT: torch.Tensor,
+    token_type_ids_BT: torch.Tensor | None = None,
+    words_BTE: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Hidden state 0, [B, T, D], of any model of READABLE: what goes into layer 0, so in ELECTRA after the projection
-    to the layers' width. RoBERTa reads positions from ids: a padding entry takes none."""
+    to the layers' width. RoBERTa reads positions from ids: a padding entry takes none. `words_BTE` stands in for the
+    ids' word embeddings; with these it is bit-equal."""
     base = model.base_model
-    h_BTD = base.embeddings(input_ids=input_ids_BT, token_type_ids=token_type_ids_BT)
+    given: dict[str, torch.Tensor] = {"input_ids": input_ids_BT}
+    if words_BTE is not None:
+        given = {"inputs_embeds": words_BTE}
+        if model.config.model_type == "roberta":
+            is_token_BT = (input_ids_BT != model.config.pad_token_id).long()
+            given["position_ids"] = is_token_BT.cumsum(1) * is_token_BT + model.config.pad_token_id
+    h_BTD = base.embeddings(**given, token_type_ids=token_type_ids_BT)
     return base.embeddings_project(h_BTD) if hasattr(base, "embeddings_project") else h_BTD
+
+
+def words_of(model: PreTrainedModel) -> nn.Embedding:
+    """The word embeddings [V, E]; E is the layers' width but in ELECTRA."""
+    return model.get_input_embeddings()
+
+
+def copy_of_top(model: PreTrainedModel) -> nn.Module:
+    """A layer that may follow the last, with its weights."""
+    layer = copy.deepcopy(layers(model)[-1])
+    for part in layer.modules():
+        if hasattr(part, "layer_idx"):
+            part.layer_idx = len(layers(model))  # type: ignore[assignment]
+    return layer
+
+
+def mlm_head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of a model of transformers' for masked words: `dense` D → E, `norm`, and the `bias` [V] of a decoder whose matrix
+    is the word embeddings."""
+    if model.config.model_type == "bert":
+        transform = model.cls.predictions.transform
+        dense, norm, decoder = transform.dense, transform.LayerNorm, model.cls.predictions.decoder
+    elif model.config.model_type == "roberta":
+        dense, norm, decoder = model.lm_head.dense, model.lm_head.layer_norm, model.lm_head.decoder
+    else:
+        predictions = model.generator_predictions
+        dense, norm, decoder = predictions.dense, predictions.LayerNorm, model.generator_lm_head
+    return {"dense.weight": dense.weight, "dense.bias": dense.bias, "norm.weight": norm.weight,
+            "norm.bias": norm.bias, "bias": decoder.bias}  # fmt: skip
 
 
 def is_classifier(model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -45,6 +46,14 @@ def iter_layers(
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= lowest_graph_layer):
             h_BTD = layer(h_BTD, mask)
         yield index + 1, h_BTD
+
+
+def run_layer(
+    model: PreTrainedModel, layer: nn.Module, h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, T, D]: one more layer, which is not the model's."""
+    mask = None if attention_mask_BT is None else _attention_mask(model, h_BTD, attention_mask_BT)
+    return layer(h_BTD, mask)
 
 
 def _attention_mask(model: PreTrainedModel, h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor) -> torch.Tensor:

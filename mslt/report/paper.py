@@ -80,3 +80,32 @@ EARLY_EXIT = (
     _exit_row("RoBERTa-base", "DeeBERT", "-0.0 0.2 -0.5 -0.4 -0.0 -0.1", "33 28 30 33 39 23"),
     _exit_row("RoBERTa-base", "DeeBERT", "-1.8 -1.1 -2.5 -1.1 -0.6 -3.9", "44 38 39 35 44 29"),
 )
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """A row of Tables 1 and 2 of "The convexity of BERT": percent on validation splits (CoLA Matthews, MRPC and RTE
+    accuracy, STS-B Pearson). Copied was layer 9 (from 0) into 10 and 11."""
+
+    method: str
+    name: str
+    scores: dict[str, float]
+
+
+def _surgery(method: str, name: str, figures: str) -> Surgery:
+    return Surgery(method, name, dict(zip(SURGERY_TASKS, map(float, figures.split()), strict=True)))
+
+
+SURGERY_TASKS = ("CoLA", "MRPC", "STS-B", "RTE")
+SURGERY = {
+    "Table 1: BERT-Base, uncased": (
+        _surgery("plain", "fine-tuned", "58.73 85.29 87.37 72"),
+        _surgery("multi-objective", "multi-objective", "59.83 83.33 89.86 70.31"),
+        _surgery("extra-layer", "multi-objective + extra layer", "60.6 84.8 89.59 66.43"),
+        _surgery("copy", "copying last layers", "58.8 86.76 88.33 63.18"),
+    ),
+    "Table 2: BERT-Base, cased": (
+        _surgery("plain", "fine-tuned", "58.71 84.64 87.9 71.48"),
+        _surgery("drop", "dropping last two layers", "55.27 85.05 85.84 67.15"),
+    ),
+}

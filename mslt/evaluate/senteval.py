@@ -1,0 +1,284 @@
+"""SentEval's probing tasks on every hidden state of a checkpoint: accuracy, that of a control task, and intervals.
+
+L hidden states (layers + 1), K sets of labels.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from mslt.data import keyed
+from mslt.errors import MsltError
+from mslt.evaluate.opening import (
+    digest,
+    locate,
+    open_config,
+    open_fitting_tokenizer,
+    open_model,
+    refuse_without_layers,
+    tokenizer_digest,
+)
+from mslt.evaluate.positions import refuse_over_positions
+from mslt.evaluate.probe_features import open_features, standardized, write_features
+from mslt.evaluate.probe_tasks import TASKS, ProbeRows, read_rows
+from mslt.evaluate.result import finished
+from mslt.files import canonical_json, lock_alone, sha256_text, write_json
+from mslt.heads.layer_probe import Features, ProbeTraining, train_probes
+from mslt.heads.off_ramp import Pooling
+from mslt.models import families
+from mslt.provenance import provenance
+from mslt.rundir import RunDir, evaluation_folder, read_plan
+
+Classifier = Literal["mlp", "logistic"]
+Progress = Callable[[str, int, int], None]  # what is done, how much of it is, of how much
+MAX_TOKENS, REPETITIONS = 128, 3
+LOGISTIC_C = 0.1
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`classifier` mlp is SentEval's search, logistic one fit by L-BFGS with C = 0.1, the same in every repetition but
+    for the control's labels. With `standardize` each feature has mean 0 and deviation 1 over the training rows.
+    SentEval leaves it out; but [CLS] hardly varies in low layers, and a probe then tells where features are large, not
+    where knowledge is. `max_tokens` None: 128, or the model's positions."""
+
+    pooling: Pooling = "cls"
+    classifier: Classifier = "mlp"
+    standardize: bool = True
+    repetitions: int = REPETITIONS
+    max_tokens: int | None = None
+    max_train_rows: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of a folder of results."""
+        return f"senteval-{self.pooling}-{self.classifier}" + ("" if self.standardize else "-raw")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`name` is short, for tables; `source` is what transformers opens."""
+
+    name: str
+    source: str
+
+    def folder(self, kind: str, out: Path | None) -> Path:
+        """Where results of a kind of probe lie: beside the checkpoint, or below `out`."""
+        return evaluation_folder(self.source) / kind if out is None else out / self.name / kind
+
+
+def checkpoints_of(arguments: Sequence[str], all_stages: bool = False) -> list[Checkpoint]:
+    """What the arguments name, by the last two parts of its path or its run and stage; with `all_stages` every finished
+    stage of the runs that they are. MsltError for what is no run, and for two of one name."""
+    found: list[Checkpoint] = []
+    for argument in arguments:
+        if all_stages:
+            run = RunDir(Path(argument))
+            done = [index for index in range(len(read_plan(run).stages)) if run.stage(index).is_done()]
+            if not done:
+                raise MsltError(f"{argument}: no stage of this run is finished; wait for the first")
+            found += [Checkpoint(_stage_name(run, index), str(run.stage(index).model)) for index in done]
+        else:
+            source, origin = locate(argument)
+            path = Path(source).resolve() if Path(source).is_dir() else Path(source)
+            found.append(Checkpoint("-".join(path.parts[-2:]) if origin is None else _stage_name(*origin), source))
+    by_name: dict[str, str] = {}
+    for each in found:
+        if by_name.setdefault(each.name, each.source) != each.source:
+            raise MsltError(f"{by_name[each.name]}, {each.source}: are both called {each.name} in tables; rename a "
+                            "folder")  # fmt: skip
+    return found
+
+
+def _stage_name(run: RunDir, index: int) -> str:
+    return f"{run.path.resolve().name}-stage-{index + 1}"
+
+
+def probe_checkpoint(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str],
+    data_dir: Path,
+    settings: Settings,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    keep_features: bool = False,
+) -> list[dict[str, Any]]:
+    """The results of the tasks, in `folder` a file for each; what lies there already is not done again. MsltError for
+    data, checkpoint or results that do not fit, before anything is computed."""
+    data = {name: read_rows(data_dir / TASKS[name].file, settings.max_train_rows) for name in tasks}
+    config = open_config(checkpoint.source)
+    tokenizer = open_fitting_tokenizer(config, checkpoint.source)
+    max_tokens = settings.max_tokens or min(MAX_TOKENS, families.num_positions(config))
+    refuse_over_positions(config, checkpoint.source, max_tokens, "--max-tokens")
+    common = {"checkpoint": digest(checkpoint.source), "tokenizer": tokenizer_digest(tokenizer),
+              **asdict(settings), "max_tokens": max_tokens}  # fmt: skip
+    if settings.classifier == "logistic":
+        common["repetitions"] = 1  # all others would be the same
+    described = {name: {**common, "task": name, "rows": _digest(rows)} for name, rows in data.items()}
+    results = {name: finished(folder / f"{name}.json", described[name]) for name in tasks}
+    if all(result is not None for result in results.values()):
+        return [result for result in results.values() if result is not None]
+    model, missing = open_model(checkpoint.source, AutoModel)
+    refuse_without_layers(checkpoint.source, missing)
+    model.to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in data.items():
+        if results[name] is None:
+            result = {
+                "settings": described[name],
+                "checkpoint": checkpoint.source,
+                **_probe_task(name, rows, model, tokenizer, described[name], folder, progress, keep_features),
+                "provenance": provenance(),
+            }
+            write_json(folder / f"{name}.json", result)
+            results[name] = result
+    return [result for result in results.values() if result is not None]
+
+
+def _probe_task(
+    name: str,
+    rows: ProbeRows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    described: dict[str, Any],
+    folder: Path,
+    progress: Progress,
+    keep_features: bool,
+) -> dict[str, Any]:
+    path = folder.parent / f"features-{described['pooling']}" / f"{name}.npy"
+    with lock_alone(folder.parent / ".features.lock", None):  # another classifier may be at work beside this one
+        num_cut = _extract(path, name, rows, model, tokenizer, described, progress)
+        features = open_features(path)
+    if described["standardize"]:
+        features = standardized(features, rows.splits["tr"])
+    seeds = range(described["seed"], described["seed"] + described["repetitions"])
+    runs = [
+        _one_run(name, features, rows, described["classifier"], seed, model.device,
+                 lambda done, total, turn=turn: progress(f"{name}: probes, {turn}", done, total))  # type: ignore[misc]
+        for turn, seed in enumerate(seeds, 1)
+    ]  # fmt: skip
+    del features
+    if not keep_features:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+    num_test = len(rows.splits["te"])
+    accuracy, control = (
+        [statistics.fmean(of_layer) for of_layer in zip(*(run[kind] for run in runs), strict=True)]
+        for kind in ("accuracy", "control")
+    )
+    intervals = [wilson(share, num_test) for share in accuracy]
+    return {
+        "task": name,
+        "rows": {split: len(indices) for split, indices in rows.splits.items()},
+        "classes": len(rows.classes),
+        "majority": rows.majority,
+        "accuracy": accuracy,
+        "low": [low for low, _ in intervals],
+        "high": [high for _, high in intervals],
+        "control": control,
+        "selectivity": [real - shuffled for real, shuffled in zip(accuracy, control, strict=True)],
+        "runs": runs,
+        "num_cut": num_cut,
+    }
+
+
+def _extract(
+    path: Path,
+    name: str,
+    rows: ProbeRows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    described: dict[str, Any],
+    progress: Progress,
+) -> int:
+    """Write the features, unless these lie there; how many sentences were cut."""
+    claim = path.with_suffix(".json")  # what they are of
+    made_of = {key: described[key] for key in ("checkpoint", "tokenizer", "rows", "pooling", "max_tokens")}
+    if path.is_file() and claim.is_file():
+        before = json.loads(claim.read_text())
+        if before["made_of"] == made_of:
+            return int(before["num_cut"])
+    path.parent.mkdir(exist_ok=True)
+    claim.unlink(missing_ok=True)
+    num_cut = write_features(
+        model, tokenizer, rows.texts, path, described["pooling"], described["max_tokens"],
+        lambda done, total: progress(f"{name}: sentences", done, total),
+    )  # fmt: skip
+    write_json(claim, {"made_of": made_of, "num_cut": num_cut})
+    return num_cut
+
+
+def _one_run(
+    name: str,
+    features: Features,
+    rows: ProbeRows,
+    classifier: Classifier,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Real and shuffled labels, of every hidden state."""
+    labels_KR = np.stack([rows.labels, shuffled(rows, seed)])
+    if classifier == "logistic":
+        accuracy, control = logistic_accuracies(features, labels_KR, rows.splits, progress)
+        return {"seed": seed, "accuracy": accuracy, "control": control}
+    training = ProbeTraining(num_hidden=TASKS[name].num_hidden)
+    found = train_probes(
+        features, torch.from_numpy(labels_KR), rows.splits, len(rows.classes), training, seed, progress, device
+    )
+    accuracy, control = found.test.tolist()
+    return {"seed": seed, "accuracy": accuracy, "control": control, "dev": found.dev[0].tolist(),
+            "l2": found.l2[0].tolist(), "epochs": found.epochs[0].tolist()}  # fmt: skip
+
+
+def shuffled(rows: ProbeRows, seed: int) -> np.ndarray:
+    """The labels of the control task (Hewitt and Liang 2019, arXiv:1909.03368): those of each split in another order,
+    so that there is nothing to learn but how often each occurs."""
+    labels = rows.labels.copy()
+    for split, indices in rows.splits.items():
+        order = np.argsort(keyed.bits(seed, f"control_{split}", np.arange(len(indices))), kind="stable")
+        labels[indices] = labels[indices[order]]
+    return labels
+
+
+def logistic_accuracies(
+    features: Features,
+    labels_KR: np.ndarray,
+    splits: dict[str, np.ndarray],
+    progress: Callable[[int, int], None],
+) -> list[list[float]]:
+    """[K][L] on the test rows."""
+    L = len(features.shift_LD)
+    found: list[list[float]] = [[] for _ in labels_KR]
+    for k in range(L):
+        x_RD = torch.addcmul(features.shift_LD[k], features.rows_RLD[:, k].float(), features.scale_LD[k]).numpy()
+        for labels_R, accuracies in zip(labels_KR, found, strict=True):
+            fit = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(x_RD[splits["tr"]], labels_R[splits["tr"]])
+            accuracies.append(float(fit.score(x_RD[splits["te"]], labels_R[splits["te"]])))
+        progress(k + 1, L)
+    return found
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` rows (Wilson 1927)."""
+    z2 = Z_95**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _digest(rows: ProbeRows) -> str:
+    splits = {split: indices.tolist() for split, indices in rows.splits.items()}
+    return sha256_text(canonical_json([rows.texts, rows.labels.tolist(), rows.classes, splits]))

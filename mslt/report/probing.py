@@ -1,0 +1,97 @@
+"""Probes of layers side by side: heat maps of accuracies, and of what one checkpoint knows more than another (Figures
+1, 2 and 4 of "The convexity of BERT").
+
+Columns are hidden states: 0 the embedding output, k+1 the output of layer k. Percent, and points.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mslt.errors import MsltError
+from mslt.report.heatmap import HeatMap
+
+Results = dict[str, dict[str, Any]]  # task → what a probe found
+
+
+def read_results(folder: Path, command: str) -> Results:
+    """What lies in a folder of a probe's results. MsltError where there is nothing."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            found[str(result["task"])] = result
+        except (ValueError, KeyError, TypeError):
+            raise MsltError(f"{path}: is no result of a probe; move it away") from None
+    if not found:
+        raise MsltError(f"{folder}: holds no results; run {command} first")
+    return found
+
+
+def accuracy_map(title: str, results: Results) -> HeatMap:
+    """Tasks × hidden states."""
+    depth = max(len(result["accuracy"]) for result in results.values())
+    return HeatMap(title, list(results), columns(depth), [_percent(result, depth) for result in results.values()])
+
+
+def difference_map(named: tuple[str, Results], base_named: tuple[str, Results]) -> HeatMap:
+    """Tasks × hidden states, the first minus the second. MsltError where they have other layers, no task in common, or
+    were not probed alike."""
+    (name, results), (base_name, base) = named, base_named
+    tasks = [task for task in base if task in results]
+    if not tasks:
+        raise MsltError(f"{name}, {base_name}: have no probed task in common")
+    depths = {len(of[task]["accuracy"]) for of in (results, base) for task in tasks}
+    if len(depths) > 1:
+        raise MsltError(f"{name}, {base_name}: have {' and '.join(map(str, sorted(depths)))} hidden states, so that "
+                        "there is no difference; show them by --side-by-side")  # fmt: skip
+    for task in tasks:
+        refuse_otherwise_probed(task, results[task], base[task], name, base_name)
+    values = [
+        [100 * (here - there) for here, there in zip(results[task]["accuracy"], base[task]["accuracy"], strict=True)]
+        for task in tasks
+    ]
+    return HeatMap(f"{name} − {base_name}, points", tasks, columns(depths.pop()), values)
+
+
+def side_by_side(named: dict[str, Results]) -> list[HeatMap]:
+    """A map for each task: checkpoints × hidden states. MsltError where they were not probed alike."""
+    tasks = list(dict.fromkeys(task for results in named.values() for task in results))
+    maps = []
+    for task in tasks:
+        having = {name: results[task] for name, results in named.items() if task in results}
+        first = next(iter(having))
+        for name, result in having.items():
+            refuse_otherwise_probed(task, result, having[first], name, first)
+        depth = max(len(result["accuracy"]) for result in having.values())
+        maps.append(
+            HeatMap(f"{task}, %", list(having), columns(depth), [_percent(result, depth) for result in having.values()])
+        )
+    return maps
+
+
+def refuse_otherwise_probed(task: str, one: dict[str, Any], other: dict[str, Any], name: str, other_name: str) -> None:
+    """MsltError where results of a task are of other data or another search."""
+    ours, theirs = ({key: value for key, value in result["settings"].items() if key not in ("checkpoint", "tokenizer")}
+                    for result in (one, other))  # fmt: skip
+    unlike = [key for key in ours if ours[key] != theirs.get(key)]
+    if unlike:
+        raise MsltError(f"{task}: {name} was probed otherwise than {other_name} ({', '.join(unlike)}); probe both with "
+                        "the same options and data")  # fmt: skip
+
+
+def best_layer(result: dict[str, Any]) -> int:
+    """The first hidden state with the best accuracy."""
+    accuracy = result["accuracy"]
+    return max(range(len(accuracy)), key=lambda k: accuracy[k])
+
+
+def columns(depth: int) -> list[str]:
+    """What hidden states are called."""
+    return ["emb", *(str(layer) for layer in range(depth - 1))]
+
+
+def _percent(result: dict[str, Any], depth: int) -> list[float]:
+    accuracy = [100 * share for share in result["accuracy"]]
+    return accuracy + [math.nan] * (depth - len(accuracy))

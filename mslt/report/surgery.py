@@ -1,0 +1,76 @@
+"""Tables 1 and 2 of "The convexity of BERT": surgery on layers and a second objective, fine-tuned, beside plain
+fine-tuning. Ours are what `mslt evaluate glue` wrote, or they are not there."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mslt.errors import MsltError
+from mslt.evaluate.glue_tasks import PRESETS
+from mslt.report import paper
+
+METHODS = tuple(dict.fromkeys(row.method for rows in paper.SURGERY.values() for row in rows))
+VERDICT = "In the paper no method beats plain fine-tuning on the average of the four tasks."
+
+
+@dataclass(frozen=True)
+class SurgeryTable:
+    """`rows`: who says so, the method, and percent by column; ours first. `columns` ends with the average, which only
+    rows with every task have."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, str, dict[str, float]]]
+
+
+def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Percent by method and task: means over seeds of the best setting's runs. MsltError for a folder without results,
+    of other headlines than the paper's, or that were not fine-tuned alike."""
+    found: dict[str, dict[str, float]] = {}
+    done: dict[str, tuple[str, Any]] = {}
+    for method, folder in folders.items():
+        try:
+            results = json.loads((folder / "results.json").read_text())
+            tasks, max_train_rows = results["tasks"], results["settings"]["max_train_rows"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise MsltError(f"{method}={folder}: holds no results.json of `mslt evaluate glue`; run it first, with "
+                            "--preset convexity") from None  # fmt: skip
+        found[method] = {}
+        for task in paper.SURGERY_TASKS:
+            entry = tasks.get(task)
+            if entry is None or entry["best"] is None:
+                continue
+            headline = PRESETS["convexity"].headline(task)
+            if entry["headline"] != headline:
+                raise MsltError(f"{method}={folder}: {task} is headed by {entry['headline']}, in the paper by "
+                                f"{headline}; fine-tune with --preset convexity")  # fmt: skip
+            how = entry["protocol"], max_train_rows
+            first, as_first = done.setdefault(task, (method, how))
+            if how != as_first:
+                raise MsltError(f"{method}={folder}: {task} was fine-tuned otherwise than {first}'s; give `mslt "
+                                "evaluate glue` the same options for all")  # fmt: skip
+            found[method][task] = 100 * entry["mean"]
+    return found
+
+
+def surgery_tables(ours: dict[str, dict[str, float]]) -> list[SurgeryTable]:
+    """Of each the paper's rows, and before them ours of the same methods."""
+    tables = []
+    for title, reported in paper.SURGERY.items():
+        rows = [("ours", row.name, ours[row.method]) for row in reported if ours.get(row.method)]
+        rows += [("paper", row.name, row.scores) for row in reported]
+        tables.append(
+            SurgeryTable(
+                title,
+                [*paper.SURGERY_TASKS, "average"],
+                [(whose, name, {**scores, **_average(scores)}) for whose, name, scores in rows],
+            )
+        )
+    return tables
+
+
+def _average(scores: dict[str, float]) -> dict[str, float]:
+    whole = all(task in scores for task in paper.SURGERY_TASKS)
+    return {"average": statistics.fmean(scores[task] for task in paper.SURGERY_TASKS)} if whole else {}

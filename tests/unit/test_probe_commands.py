@@ -1,0 +1,213 @@
+"""`mslt probe` by the command line: a small encoder, made-up tasks."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mslt.cli.main import app
+from mslt.errors import MsltError
+from mslt.evaluate import senteval
+from mslt.evaluate.senteval import checkpoints_of
+from tests.encoders import write_encoder
+from tests.probing_files import sentence, write_probing
+
+
+def command(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["probe", *map(str, arguments)])
+    if isinstance(result.exception, MsltError):
+        raise result.exception
+    assert result.exception is None, result.output
+    return result
+
+
+def printed(*arguments: object) -> Any:
+    return json.loads(command(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("encoders")
+    return [write_encoder(folder / f"e/{name}", seed=n, num_hidden_layers=3) for n, name in enumerate(("one", "other"))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_probing(tmp_path_factory.mktemp("probing"))
+
+
+FAST = ("--classifier", "logistic")
+
+
+@pytest.fixture(scope="module")
+def probed(encoders: list[Path], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    command("senteval", *encoders, "--data-dir", data, "--out", out, "--pooling", "mean", *FAST)
+    return out
+
+
+def test_a_search_knows_what_the_words_say(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    options = ["--data-dir", data, "--task", "Tense", "--pooling", "mean", "--repetitions", 2, "--out", tmp_path]
+    found = printed("senteval", encoders[0], *options)["e-one"][0]
+    assert found["task"] == "Tense"
+    assert found["rows"] == {"tr": 120, "va": 40, "te": 40}
+    assert len(found["accuracy"]) == len(found["control"]) == 4
+    assert min(found["accuracy"]) >= 0.95
+    assert max(found["control"]) <= 0.8
+    assert found["majority"] == 0.5
+    for k in range(4):
+        runs = [run["accuracy"][k] for run in found["runs"]]
+        assert found["accuracy"][k] == pytest.approx(sum(runs) / 2)
+        assert found["selectivity"][k] == found["accuracy"][k] - found["control"][k]
+        assert found["low"][k] <= found["accuracy"][k] <= found["high"][k]
+    assert [run["seed"] for run in found["runs"]] == [0, 1]
+    folder = tmp_path / "e-one/senteval-mean-mlp"
+    assert json.loads((folder / "Tense.json").read_text()) == found
+    assert sorted(path.name for path in folder.iterdir()) == ["Tense.json", "heatmap.csv", "heatmap.png"]
+    assert not list(tmp_path.rglob("*.npy")), "gone when the task is done"
+    assert Image.open(folder / "heatmap.png").width > 200
+
+
+def test_what_is_done_is_not_done_again(
+    encoders: list[Path], data: Path, probed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*encoders, "--data-dir", data, "--out", probed, "--pooling", "mean", *FAST]
+    before = printed("senteval", *options)
+    (probed / "e-one/senteval-mean-logistic/Tense.json").unlink()  # as if killed before it
+    done = []
+    monkeypatch.setattr(senteval, "_probe_task", lambda name, *rest: done.append(name) or before["e-one"][1])
+    command("senteval", *options)
+    assert done == ["Tense"]
+    with pytest.raises(MsltError, match=r"is the result of other settings \(seed 0, now 1\)"):
+        command("senteval", *options, "--seed", 1)
+
+
+def test_features_are_kept_where_asked(
+    encoders: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [encoders[0], "--data-dir", data, "--task", "Tense", "--out", tmp_path, "--keep-features"]
+    first = printed("senteval", *options, *FAST)["e-one"][0]["accuracy"]
+    assert (tmp_path / "e-one/features-cls/Tense.npy").stat().st_size == 128 + 201 * 4 * 32 * 2
+    (tmp_path / "e-one/senteval-cls-logistic/Tense.json").unlink()
+    monkeypatch.setattr(senteval, "write_features", lambda *rest: pytest.fail("they are there"))
+    assert printed("senteval", *options, *FAST)["e-one"][0]["accuracy"] == first
+    command("senteval", *options, *FAST, "--raw")
+    monkeypatch.undo()
+    claim = tmp_path / "e-one/features-cls/Tense.json"
+    (tmp_path / "e-one/senteval-cls-logistic/Tense.json").unlink()
+    of_others = json.loads(claim.read_text()) | {"made_of": {"checkpoint": "another"}}
+    claim.write_text(json.dumps(of_others))
+    (tmp_path / "e-one/features-cls/Tense.npy").write_bytes(b"of another checkpoint")
+    assert printed("senteval", *options, *FAST)["e-one"][0]["accuracy"] == first, "made anew"
+
+
+def test_a_constant_says_nothing(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    found = printed("senteval", encoders[0], "--data-dir", data, "--task", "Tense", "--out", tmp_path, *FAST)["e-one"][
+        0
+    ]
+    assert found["accuracy"][0] == 0.5, "[CLS] of the embedding output is one vector"
+
+
+def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Path) -> None:
+    """P8."""
+    options = ["--results", probed, "--pooling", "mean", *FAST, "--picture", tmp_path / "p.png"]
+    (itself,) = printed("compare", encoders[0], encoders[0], *options)
+    assert itself["values"] == [[0.0] * 4] * 2
+    assert itself["columns"] == ["emb", "0", "1", "2"]
+    (other,) = printed("compare", encoders[0], encoders[1], *options)
+    one, two = (json.loads((probed / f"e-{name}/senteval-mean-logistic/BigramShift.json").read_text())
+                for name in ("one", "other"))  # fmt: skip
+    assert other["title"] == "e-other − e-one, points"
+    expected = [100 * (b - a) for a, b in zip(one["accuracy"], two["accuracy"], strict=True)]
+    assert other["values"][other["rows"].index("BigramShift")] == pytest.approx(expected)
+    with open(tmp_path / "p.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["value"]) == pytest.approx(expected[1])
+    assert (rows[1]["row"], rows[1]["column"]) == ("BigramShift", "0")
+
+
+def test_checkpoints_stand_side_by_side(encoders: list[Path], probed: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "beside.png"
+    maps = printed("compare", *encoders, "--side-by-side", "--results", probed, "--pooling", "mean", *FAST,
+                   "--picture", picture)  # fmt: skip
+    assert [each["title"] for each in maps] == ["BigramShift, %", "Tense, %"]
+    assert maps[0]["rows"] == ["e-one", "e-other"]
+    assert Image.open(picture).width > 400
+    out = command("compare", *encoders, "--side-by-side", "--results", probed, "--pooling", "mean", *FAST,
+                  "--picture", picture).stdout  # fmt: skip
+    assert "Tense, %" in out
+
+
+def test_words_are_read_back_and_compared(encoders: list[Path], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(sentence(random.Random(index), 12) for index in range(40)))
+    options = ["--text", text, "--steps", 30, "--batch-size", 8, "--max-tokens", 16, "--learning-rate", 0.01]
+    found = printed("mlm", *encoders, *options, "--dropout", 0.3, "--dropout", 0.9, "--out", tmp_path)
+    assert [each["task"] for each in found["e-one"]] == ["dropout 0.3", "dropout 0.9"]
+    assert (tmp_path / "e-one/mlm/heatmap.png").is_file()
+    told = command("mlm", encoders[0], *options, "--out", tmp_path).stdout
+    assert "input words read back" in told
+    (difference,) = printed("compare", *encoders, "--probe", "mlm", "--results", tmp_path,
+                            "--picture", tmp_path / "mlm.png")  # fmt: skip
+    assert difference["rows"] == ["dropout 0.3", "dropout 0.9"]
+    with pytest.raises(MsltError, match=r"--dropout 1.5: is a probability"):
+        command("mlm", encoders[0], "--text", text, "--dropout", 1.5)
+
+
+def run_of(folder: Path, plan: Any) -> Path:
+    """A run's folder of two finished stages, with encoders of 2 and 4 layers in it."""
+    folder.mkdir()
+    (folder / "plan.json").write_text(plan.model_dump_json())
+    for number, depth in ((1, 2), (2, 4)):
+        write_encoder(folder / f"stage-{number}/model", num_hidden_layers=depth)
+        (folder / f"stage-{number}/summary.json").write_text("{}")
+    return folder
+
+
+def test_stages_of_runs_stand_side_by_side(data: Path, tmp_path: Path, tiny_plan: Any) -> None:
+    runs = [run_of(tmp_path / name, tiny_plan) for name in ("grown", "full")]
+    command("senteval", *runs, "--stages", "--data-dir", data, "--task", "Tense", *FAST)
+    assert (runs[0] / "stage-2/model-evaluation/senteval-cls-logistic/Tense.json").is_file()
+    (found,) = printed("compare", *runs, "--stages", *FAST, "--picture", tmp_path / "stages.png")
+    assert found["rows"] == ["grown-stage-1", "grown-stage-2", "full-stage-1", "full-stage-2"]
+    assert [sum(value is not None for value in line) for line in found["values"]] == [3, 5, 3, 5]
+    with pytest.raises(MsltError, match="have 3 and 5 hidden states"):
+        command("compare", runs[0] / "stage-1", runs[0] / "stage-2", *FAST, "--picture", tmp_path / "p.png")
+    with pytest.raises(MsltError, match="no run directory"):
+        command("senteval", data, "--stages", "--data-dir", data)
+
+
+def test_names_tell_checkpoints_apart(tmp_path: Path) -> None:
+    folders = [str(write_encoder(tmp_path / place / "a/model")) for place in ("x", "y")]
+    assert [checkpoint.name for checkpoint in checkpoints_of(folders[:1] * 2)] == ["a-model"] * 2
+    with pytest.raises(MsltError, match="are both called a-model in tables; rename a folder"):
+        checkpoints_of(folders)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["senteval", "ENCODER", "--data-dir", "DATA", "--task", "Tens"], "--task Tens: .*did you mean Tense"),
+        (["senteval", "ENCODER", "--data-dir", "ENCODER"], "holds no file of SentEval's probing tasks"),
+        (["senteval", "ENCODER", "--data-dir", "DATA", "--task", "SentLen"], "sentence_length.txt: not readable"),
+        (["senteval", "ENCODER", "--data-dir", "DATA", "--max-tokens", "64"], "--max-tokens 64: .* has 40 positions"),
+        (["senteval", "ENCODER", "--data-dir", "DATA", "--device", "tpu9"], "--device tpu9: cannot be used here"),
+        (["senteval", "DATA", "--data-dir", "DATA"], "no model folder"),
+        (["compare", "ENCODER", "ENCODER", "--picture", "p.png"], "holds no results; run `mslt probe senteval` on"),
+        (["compare", "ENCODER", "--results", "PROBED", "--pooling", "mean", "--classifier", "logistic", "--picture",
+          "p.png"], "there is nothing to hold it against"),
+        (["make", "Tense", "--text", "DATA", "--out", "DATA"], "TASK Tense: there are SentLen, WordContent, BigramSh"),
+        (["make", "SentLen", "--text", "DATA", "--out", "DATA"], "sentence_length.txt|not readable as UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    encoders: list[Path], data: Path, probed: Path, arguments: list[str], said: str
+) -> None:
+    places = {"ENCODER": str(encoders[0]), "DATA": str(data), "PROBED": str(probed)}
+    with pytest.raises(MsltError, match=said):
+        command(*(places.get(argument, argument) for argument in arguments))
