@@ -22,6 +22,7 @@ setup(
         "matplotlib>=3.9,<4",
         "mwparserfromhell>=0.7.2,<0.8",
         "numpy>=2,<3",
+        "optuna>=4.2,<6",
         "psutil>=5",
         "pyarrow>=21",
         "pydantic>=2.11,<3",

@@ -71,7 +71,7 @@ def squad(
     if score is not None:
         if checkpoint is not None:
             raise MsltError(f"--score {score}: scores predictions alone; leave {checkpoint} out")
-        found = _score(score, null_odds, _questions(dev, version, "dev", subset), version)
+        found = _score(score, null_odds, read_questions(dev, version, "dev", subset), version)
     else:
         if checkpoint is None:
             raise MsltError("no checkpoint: name one to fine-tune, or give predictions by --score")
@@ -136,7 +136,7 @@ def _fine_tune(
     tokenizer = open_fitting_tokenizer(config, source, tokenizer_source)
     frame = squad.frame_of(tokenizer)
     train, dev = (
-        _questions(file, version, split, subset) for file, split in ((train_file, "train"), (dev_file, "dev"))
+        read_questions(file, version, split, subset) for file, split in ((train_file, "train"), (dev_file, "dev"))
     )
     settings = {
         "task": "squad", "version": version, "weights": weights_digest(source),
@@ -196,7 +196,7 @@ def _score(predictions: Path, odds: Path | None, dev: list["Question"], version:
     return found
 
 
-def _questions(path: Path | None, version: "Version", split: Any, subset: bool) -> list["Question"]:
+def read_questions(path: Path | None, version: "Version", split: Any, subset: bool) -> list["Question"]:
     from mslt.evaluate.squad_data import read_file, refuse_lost_rows
 
     if path is None:

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, probe, report, train
+from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, pool, probe, report, train
 from mslt.errors import MsltError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("attention")(attention.attention)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(exit.app, name="exit")
+app.add_typer(pool.app, name="pool")
 app.add_typer(probe.app, name="probe")
 
 

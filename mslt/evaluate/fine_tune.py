@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from mslt.data import keyed
@@ -31,35 +32,53 @@ class FineTuning:
     precision: str = "fp32"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What trains by itself in a pass that it shares: at its own rate, its gradients clipped apart."""
+
+    module: nn.Module
+    learning_rate: float
+
+
 def fine_tune(
     model: PreTrainedModel,
     rows: Sequence[Row],
     collate: Callable[[Sequence[Row]], Batch],
     settings: FineTuning,
-) -> Iterator[int]:
-    """Train in place, on the device the model is on; yields the number of epochs done after each. `collate` makes a
-    batch with labels. The order of rows and dropout are keyed by the seed."""
-    decays = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decays, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        eps=1e-8,
-    )
+    parts: Sequence[Part] = (),
+    looks: int = 1,
+) -> Iterator[float]:
+    """Train in place, on the device the model is on; yields the number of epochs done, after each or, with `looks`, so
+    many times in each. `collate` makes a batch with labels. The order of rows and dropout are keyed by the seed.
+    `parts` of the model train each by itself, where the loss is the sum of theirs; without them the whole."""
+    groups, clipped = [], []
+    for part in parts or [Part(model, settings.learning_rate)]:
+        decays = [p for p in part.module.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in part.module.parameters() if p.requires_grad and p.ndim <= 1]
+        for parameters, decay in ((decays, settings.weight_decay), (others, 0.0)):
+            groups.append({"params": parameters, "weight_decay": decay, "lr": part.learning_rate})
+        clipped.append([*decays, *others])
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8)
     steps = num_steps(len(rows), settings)
+    steps_per_epoch = steps // settings.num_epochs
     schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_share * steps), steps)
     scaler = torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16")
+    pauses = {steps_per_epoch * look // looks for look in range(1, looks)} - {0}
     for epoch in range(settings.num_epochs):
         model.train()
         torch.manual_seed(keyed.torch_seed(settings.seed, "dropout", epoch))
         order = np.argsort(keyed.bits(settings.seed, "fine_tune_order", epoch, np.arange(len(rows))), kind="stable")
-        for first in range(0, len(rows), settings.batch_size):
+        for step, first in enumerate(range(0, len(rows), settings.batch_size)):
+            if step in pauses:
+                yield epoch + step / steps_per_epoch
+                model.train()
             batch = collate([rows[index] for index in order[first : first + settings.batch_size]])
             with autocast(model, settings.precision):
                 loss = model(**_on_device(batch, model)).loss
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_([*decays, *others], MAX_NORM)
+            for parameters in clipped:
+                nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()

@@ -129,13 +129,15 @@ def opened(source: Source, task: Task, cell: Cell) -> tuple[PreTrainedTokenizerB
     config = open_config(source.checkpoint)
     tokenizer = open_fitting_tokenizer(config, source.checkpoint, source.tokenizer)
     refuse_over_positions(config, source.checkpoint, cell.max_tokens, "--max-tokens")
+    return tokenizer, open_for(task, source.checkpoint, cell.settings.seed, source.new_pooler)
+
+
+def open_for(task: Task, checkpoint: str, seed: int, new_pooler: bool) -> PreTrainedModel:
+    """The checkpoint under a new classifier with the task's labels."""
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if not task.is_regression:
         head = {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
-    model = open_with_new_head(
-        source.checkpoint, AutoModelForSequenceClassification, cell.settings.seed, source.new_pooler, **head
-    )
-    return tokenizer, model
+    return open_with_new_head(checkpoint, AutoModelForSequenceClassification, seed, new_pooler, **head)
 
 
 def training_rows(source: Source, task: Task) -> list[Row]:

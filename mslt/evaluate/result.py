@@ -19,9 +19,9 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def refuse_other(path: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+def refuse_other(path: Path, before: dict[str, Any], settings: dict[str, Any], option: str = "--out") -> None:
     """MsltError where what lies there was made with other settings."""
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
         changes = ", ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in names)
-        raise MsltError(f"{path}: is the result of other settings ({changes}); give another --out, or move it away")
+        raise MsltError(f"{path}: is the result of other settings ({changes}); give another {option}, or move it away")

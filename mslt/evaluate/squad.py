@@ -292,22 +292,28 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labelle
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
 
     def collate(rows: Sequence[Window]) -> Batch:
-        longest = max(len(row.ids) for row in rows)
-        ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
-        for index, row in enumerate(rows):
-            ids_BT[index, : len(row.ids)] = torch.from_numpy(row.ids)
-            types_BT[index, : len(row.ids)] = torch.from_numpy(row.types)
-            mask_BT[index, : len(row.ids)] = 1
-        batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        if has_types:
-            batch["token_type_ids"] = types_BT
+        batch = padded([(row.ids, row.types) for row in rows], tokenizer.pad_token_id, has_types)
         if labelled:
             batch["start_positions"] = torch.tensor([row.start for row in rows])
             batch["end_positions"] = torch.tensor([row.end for row in rows])
         return batch
 
     return collate
+
+
+def padded(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int, has_types: bool, num_tokens: int | None = None
+) -> Batch:
+    """Ids and types [T] of each row, padded on the right to the longest or to `num_tokens`: [B, T], and the mask."""
+    T = num_tokens or max(len(ids) for ids, _ in rows)
+    ids_BT = torch.full((len(rows), T), pad_id)
+    types_BT, mask_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
+    for index, (ids, types) in enumerate(rows):
+        ids_BT[index, : len(ids)] = torch.from_numpy(ids)
+        types_BT[index, : len(ids)] = torch.from_numpy(types)
+        mask_BT[index, : len(ids)] = 1
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    return {**batch, "token_type_ids": types_BT} if has_types else batch
 
 
 # Predictions

@@ -309,7 +309,7 @@ def refuse_another(folder: Path, described: dict[str, Any], model: PreTrainedMod
             )
 
 
-def model_hash(model: PreTrainedModel, dtype: torch.dtype) -> str:
+def model_hash(model: nn.Module, dtype: torch.dtype) -> str:
     """Of names, shapes and values of all weights, rounded to `dtype`, whatever the device. Rounding cannot be undone,
     so ramps keep the hash in each of TYPES, and are compared in the one that the model is in."""
     sha256 = hashlib.sha256()

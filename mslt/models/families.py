@@ -89,6 +89,15 @@ def layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     return model.base_model.encoder.layer
 
 
+def encoder(model: PreTrainedModel) -> nn.ModuleDict:
+    """Embeddings and layers of any model of READABLE under names of ours, without what stands on them."""
+    base = model.base_model
+    parts: dict[str, nn.Module] = {"embeddings": base.embeddings, "layers": nn.ModuleList(layers(model))}
+    if hasattr(base, "embeddings_project"):
+        parts["projection"] = base.embeddings_project
+    return nn.ModuleDict(parts)
+
+
 def embed(
     model: PreTrainedModel,
     input_ids_BT: torch.Tensor,

@@ -2,7 +2,6 @@
 the layers of two encoders are."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from mslt.evaluate.attention import Likeness, TextMaps
-from mslt.files import whole_file
+from mslt.report.heatmap import heat_map, write_picture
 
 TOKEN_INCHES = 0.12  # what a token's name takes
 MAP_INCHES = (1.5, 8.0)
 PICTURE_INCHES2 = 3000.0  # at 130 dots an inch 50 million of them
-MOST_CELLS_WITH_NUMBERS = 13
 
 
 def draw_maps(texts: Sequence[TextMaps], head: int | None, picture: Path) -> None:
@@ -64,7 +62,7 @@ def draw_maps(texts: Sequence[TextMaps], head: int | None, picture: Path) -> Non
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 4.0 / (inches * len(rows))), aspect=30, pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("weight, on a scale of square roots", fontsize=8)
-    _write(figure, picture)
+    write_picture(figure, picture)
 
 
 def draw_likeness(likeness: Likeness, picture: Path) -> None:
@@ -80,26 +78,14 @@ def draw_likeness(likeness: Likeness, picture: Path) -> None:
         1, len(shown), squeeze=False, layout="compressed", figsize=((width + 1.4) * len(shown), height + 1.4)
     )
     for axes, (title, values, is_cka) in zip(grid[0], shown, strict=True):
-        image = axes.imshow(values, cmap="viridis" if is_cka else "viridis_r", vmin=0, vmax=1)
+        rows, columns = (["emb"] * is_cka + [str(layer) for layer in layers] for layers in likeness.layers)
+        image = heat_map(axes, values, rows, columns, 0, 1, "viridis" if is_cka else "viridis_r")
         axes.set_title(title, fontsize=9)
-        for layers, name, axis in zip(
-            likeness.layers[::-1], likeness.names[::-1], (axes.xaxis, axes.yaxis), strict=True
-        ):
-            names = ["emb"] * is_cka + [str(layer) for layer in layers]
-            axis.set_ticks(range(len(names)), names, fontsize=7)
+        for name, axis in zip(likeness.names[::-1], (axes.xaxis, axes.yaxis), strict=True):
             axis.set_label_text(f"layer of {_short(name)}, from 0", fontsize=8, parse_math=False)
-        if max(values.shape) <= MOST_CELLS_WITH_NUMBERS:
-            for (row, column), value in _cells(values):
-                is_dark = value < 0.6 if is_cka else value > 0.4
-                axes.text(column, row, f"{value:.2f}".removeprefix("0"), ha="center", va="center",
-                          fontsize=6, color="white" if is_dark else "black")  # fmt: skip
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
     figure.suptitle(f"{likeness.num_texts:,} sentences, {likeness.num_tokens:,} tokens", fontsize=8)
-    _write(figure, picture)
-
-
-def _cells(values: Any) -> list[tuple[tuple[int, int], float]]:
-    return [((row, column), float(v)) for row, line in enumerate(values) for column, v in enumerate(line)]
+    write_picture(figure, picture)
 
 
 def _name_tokens(axes: Axes, tokens: Sequence[str], inches: float, on_x: bool, on_y: bool) -> None:
@@ -113,11 +99,3 @@ def _name_tokens(axes: Axes, tokens: Sequence[str], inches: float, on_x: bool, o
 
 def _short(name: str, most: int = 48) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def _write(figure: Any, picture: Path) -> None:
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(picture) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands there; the JSON has the token
-        figure.savefig(temporary, dpi=130, format="png")
-    pyplot.close(figure)

@@ -37,7 +37,7 @@ FLOORS = [
 # What plain files never import, themselves or through a file of ours.
 HEAVY = {
     "numpy", "torch", "transformers", "deepspeed", "tokenizers", "datasets", "pyarrow", "safetensors", "tensorboard",
-    "matplotlib",
+    "matplotlib", "optuna",
 }  # fmt: skip
 DEEPSPEEDS_DOOR = "mslt.engine.engine"
 # What each part of the engine may import of the others; `engine` puts them together, `ds_config` is plain.

@@ -1,0 +1,210 @@
+"""`mslt pool` by the command line: a small checkpoint, made-up rows that can be learnt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mslt.cli.main import app
+from mslt.errors import MsltError
+from mslt.evaluate.glue_tasks import TASKS
+from mslt.evaluate.pool_errors import compared, positive_of
+from tests.encoders import write_encoder
+from tests.glue_files import write_glue
+from tests.squad_files import questions, write_squad
+
+QUICK = ["--max-tokens", "24", "--learning-rate", "0.01"]
+
+
+def command(*arguments: object) -> Any:
+    result = CliRunner().invoke(app, ["pool", *map(str, arguments)])
+    if isinstance(result.exception, MsltError):
+        raise result.exception
+    assert result.exception is None, result.output
+    return result
+
+
+def printed(*arguments: object) -> Any:
+    return json.loads(command(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--data-dir", str(write_glue(tmp_path_factory.mktemp("glue"), num_train=128)), "--subset"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"), num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory, glue: list[str], encoder: Path) -> Path:
+    """Two poolers on SST-2 and RTE each, on hidden states 1 to 2 of three layers."""
+    out = tmp_path_factory.mktemp("heads") / "out"
+    command("train", encoder, "--task", "SST-2", "--task", "RTE", "--pooler", "adapter", "--pooler", "mix",
+            "--adapter-width", "8", "--layers", "1:2", "--epochs", "2", "--out", out, *QUICK, *glue)  # fmt: skip
+    return out
+
+
+def test_heads_are_folders_that_say_what_they_are(heads: Path) -> None:
+    names = [f"{task}-{pooler}-8-seed-0" for task in ("RTE", "SST-2") for pooler in ("adapter", "mix")]
+    assert sorted(folder.name for folder in heads.iterdir()) == names
+    described = json.loads((heads / "SST-2-adapter-8-seed-0" / "head.json").read_text())
+    assert (described["task"], described["metric"], described["max_tokens"], described["rows"]) == (
+        "SST-2", "accuracy", 24, 128,
+    )  # fmt: skip
+    assert described["settings"]["first_state"] == 1
+    assert described["sizes"]["head"] == 32 * 8 + 8 + 24 * 8 * 2 * 2 + 2
+    assert described["speedup_of_layers"] > 0
+    assert {"accuracy", "f1", "matthews"} <= described["scores"]["validation"].keys()
+    assert len(described["tokenizer"]) == 64
+
+
+def test_heads_of_both_tasks_are_scored_again_alike(heads: Path, glue: list[str], tmp_path: Path) -> None:
+    folders = sorted(heads.iterdir())
+    found = printed("eval", *folders, *glue, "--importance", tmp_path / "states.png")
+    for folder, each in zip(folders, found, strict=True):
+        described = json.loads((folder / "head.json").read_text())
+        assert (each["task"], each["scores"]) == (described["task"], described["scores"])
+        assert each["importance"]["states"] == [1, 2]
+    with Image.open(tmp_path / "states.png") as picture:
+        assert picture.size[0] > 200
+    text = command("eval", folders[0], *glue).stdout
+    for said in ("smaller", "deployed", "a further task", "MB"):
+        assert said in text
+
+
+def test_heads_of_several_tasks_answer_in_one_pass(heads: Path, tmp_path: Path) -> None:
+    folders = sorted(heads.iterdir())
+    texts = ["--text", "the film was good .", "--pair", "the book was bad ."]
+    found = printed("eval", *folders, *texts)
+    assert [each["task"] for each in found] == ["RTE", "RTE", "SST-2", "SST-2"]
+    for each, labels in zip(found, [["entailment", "not_entailment"]] * 2 + [["0", "1"]] * 2, strict=True):
+        assert list(each["shares"]) == labels
+        assert sum(each["shares"].values()) == pytest.approx(1)
+        assert each["shares"][each["answer"]] == max(each["shares"].values())
+    (alone,) = printed("eval", folders[2], *texts)
+    assert alone["shares"] == pytest.approx(found[2]["shares"])
+    assert "SST-2" in command("eval", *folders, *texts).stdout
+    with pytest.raises(MsltError, match="--pair"):
+        command("eval", *folders, "--pair", "b")
+
+
+def test_a_head_of_another_encoder_or_tokenizer_is_refused(heads: Path, glue: list[str], tmp_path: Path) -> None:
+    folder = heads / "SST-2-mix-8-seed-0"
+    with pytest.raises(MsltError, match="a head of another encoder: weights"):
+        command("eval", folder, "--checkpoint", write_encoder(tmp_path / "e", seed=1, num_hidden_layers=3), *glue)
+    described = json.loads((folder / "head.json").read_text())
+    other = tmp_path / "head"
+    other.mkdir()
+    (other / "head.json").write_text(json.dumps({**described, "tokenizer": "another"}))
+    (other / "head.safetensors").write_bytes((folder / "head.safetensors").read_bytes())
+    with pytest.raises(MsltError, match="another tokenizer"):
+        command("eval", other, *glue)
+
+
+def test_spans_train_and_score(encoder: Path, tmp_path: Path) -> None:
+    made = questions(48)
+    files = ["--squad-train", write_squad(tmp_path / "train.json", made), "--squad-dev",
+             write_squad(tmp_path / "dev.json", made[:16])]  # fmt: skip
+    (found,) = printed("train", encoder, "--task", "SQuAD", "--out", tmp_path / "out", *files, "--subset",
+                       "--stride", 4, "--question-tokens", 10, "--skip", "--max-tokens", 32,
+                       "--learning-rate", 0.01)  # fmt: skip
+    assert found["settings"]["tokens"] == "each"
+    assert found["sizes"]["head"] == 32 * 16 + 16 + 2 * 16 * 4 + 2 + 2 * 32
+    assert {"exact", "f1", "HasAns_exact", "NoAns_exact"} <= found["scores"]["dev"].keys()
+    (again,) = printed("eval", found["folder"], "--squad-dev", tmp_path / "dev.json", "--subset")
+    assert again["scores"] == found["scores"]
+
+
+def test_a_cache_is_written_once_and_trained_from(encoder: Path, glue: list[str], tmp_path: Path) -> None:
+    cached = ["--cache-dtype", "fp32", "--max-tokens", "24", *glue]
+    (said,) = printed("cache", encoder, "--task", "SST-2", "--out", tmp_path / "cache", *cached)
+    (file,) = (tmp_path / "cache" / "SST-2").glob("*.safetensors")
+    assert said["bytes"] <= file.stat().st_size <= said["bytes"] + 200
+    assert said["bytes"] == said["tokens"] * 4 * 32 * 4
+    before = file.stat().st_mtime_ns
+    train = ["train", encoder, "--task", "SST-2", *QUICK, *glue]
+    (read,) = printed(*train, "--out", tmp_path / "a", "--cache", tmp_path / "cache", "--cache-dtype", "fp32")
+    (computed,) = printed(*train, "--out", tmp_path / "b")
+    assert file.stat().st_mtime_ns == before
+    assert read["headline"] == pytest.approx(computed["headline"], abs=0.04)
+    with pytest.raises(MsltError, match=rf"--max-cache-gb 1e-06: .*\({said['bytes']:,} bytes"):
+        command("cache", encoder, "--task", "SST-2", "--out", tmp_path / "c", "--max-cache-gb", "0.000001", *cached)
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_curve_over_the_encoders_epochs_goes_on(encoder: Path, glue: list[str], tmp_path: Path) -> None:
+    train = ["train", encoder, "--task", "SST-2", "--out", tmp_path / "out", "--backbone-learning-rate", "0.003",
+             "--backbone-batch-size", "8", *QUICK, *glue]  # fmt: skip
+    (first,) = printed(*train, "--backbone-epochs", "0.5")
+    assert not (tmp_path / "out" / "figure-1.png").exists()
+    before = (tmp_path / "out" / "SST-2-epochs-0.5" / "point.json").stat().st_mtime_ns
+    both = printed(*train, "--backbone-epochs", "0.5,4")
+    assert (tmp_path / "out" / "SST-2-epochs-0.5" / "point.json").stat().st_mtime_ns == before
+    assert both[0] == first
+    assert [point["epochs"] for point in both] == [0.5, 4]
+    assert both[1]["whole_headline"] > 0.9, "learnt"
+    assert both[1]["heads"][0]["headline"] >= both[1]["whole_headline"] - 0.1
+    assert (tmp_path / "out" / "figure-1.png").is_file()
+    head, whole = both[1]["heads"][0]["folder"], tmp_path / "out" / "SST-2-epochs-4" / "backbone"
+    found = printed("errors", head, whole, *glue)
+    assert (found["task"], found["positive"], found["rows"]) == ("SST-2", "1", 32)
+    assert found["each"][str(whole)]["right"] == pytest.approx(both[1]["whole_headline"])
+    assert found["each"][head]["right"] == pytest.approx(both[1]["heads"][0]["headline"])
+    assert "both right" in command("errors", head, whole, *glue).stdout
+    with pytest.raises(MsltError, match="of other settings"):
+        command(*train, "--backbone-epochs", "4", "--adapter-width", "4")
+
+
+def test_errors_are_counted_as_by_hand() -> None:
+    labels, a, b = [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1]
+    found = compared(labels, {"a": a, "b": b}, 1)
+    assert found["each"]["a"] == {
+        "right": 3 / 6, "predicted_positive": 4 / 6, "recall": 2 / 3, "negatives_right": 1 / 3,
+    }  # fmt: skip
+    assert found["each"]["b"]["right"] == 3 / 6
+    assert (found["both_right"], found["neither_right"]) == (2 / 6, 2 / 6)
+    assert found["both_of_either"] == 2 / 4
+    assert (found["first_alone_right"], found["second_alone_right"]) == (1 / 6, 1 / 6)
+    assert [positive_of(TASKS[name]) for name in ("RTE", "MRPC", "MNLI")] == [0, 1, None]
+    assert "recall" not in compared([0, 2], {"a": [0, 2], "b": [1, 2]}, None)["each"]["a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "SST"], "did you mean SST-2"),
+        (["--task", "SQuAD", "--squad-dev", "x.json"], "give both, or neither"),
+        (["--task", "SST-2", "--pooler", "adaptor"], "did you mean adapter"),
+        (["--task", "SST-2", "--layers", "1:9"], "--layers 1:9: give all, or two hidden states like 1:3"),
+        (["--task", "SST-2", "--adapter-width", "0"], "adapter width 0"),
+        (["--task", "SST-2", "--learning-rate", "0"], "--learning-rate 0"),
+        (["--task", "SST-2", "--max-tokens", "64"], "has 40 positions"),
+        (["--task", "SST-2", "--backbone-epochs", "1.5"], "--backbone-epochs 1.5"),
+        (["--task", "SST-2", "--backbone-epochs", "x"], "apart by commas"),
+        (["--task", "SST-2", "--backbone-epochs", "1", "--cache", "c"], "leave one out"),
+    ],
+)
+def test_bad_input_is_one_message_and_writes_nothing(
+    encoder: Path, glue: list[str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    more = [] if "--max-tokens" in arguments else ["--max-tokens", "24"]
+    with pytest.raises(MsltError, match=said):
+        command("train", encoder, "--out", tmp_path / "out", *arguments, *more, *glue)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_none_are_refused(encoder: Path, heads: Path, glue: list[str], tmp_path: Path) -> None:
+    with pytest.raises(MsltError, match="holds no head"):
+        command("eval", tmp_path, *glue)
+    with pytest.raises(MsltError, match="no empty folder"):
+        command("train", encoder, "--task", "SST-2", "--out", heads, *QUICK, *glue)
+    with pytest.raises(MsltError, match="neither a head of `mslt pool train` nor a fine-tuned classifier"):
+        command("errors", heads / "RTE-mix-8-seed-0", encoder, *glue)
+    with pytest.raises(MsltError, match="They say RTE, SST-2"):
+        command("errors", heads / "RTE-mix-8-seed-0", heads / "SST-2-mix-8-seed-0", *glue)
