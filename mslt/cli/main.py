@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, pool, probe, report, train
+from mslt.cli import attention, compare, data, doctor, evaluate, exit, grow, plan, pool, probe, report, reproduce, train
 from mslt.errors import MsltError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("doctor")(doctor.doctor)
 app.command("grow")(grow.grow)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("attention")(attention.attention)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
