@@ -1,0 +1,34 @@
+"""Command lines as pages show them, parsed as the program does, without running them."""
+
+import re
+import shlex
+from pathlib import Path
+
+import typer
+
+from mslt.cli.main import app
+
+
+def fenced(page: Path, *languages: str) -> list[str]:
+    """Blocks of a Markdown page in one of these languages."""
+    marks = "|".join(languages)
+    return re.findall(rf"^```(?:{marks})\n(.*?)^```$", page.read_text(), flags=re.S | re.M)
+
+
+def lines_of_mslt(page: Path) -> list[str]:
+    """What a reader may type that begins with `mslt`."""
+    lines = "\n".join(fenced(page, "bash", "text")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("mslt ")]
+
+
+def refuse_unknown_options(line: str) -> None:
+    """Parse a line down to its verb: an unknown command, option or value raises click's error."""
+    program, *words = shlex.split(line.replace("…", ""), comments=True)
+    assert program == "mslt"
+    command, context = typer.main.get_command(app), None
+    while True:
+        context = command.make_context("mslt", list(words), parent=context)
+        if not hasattr(command, "commands"):
+            return
+        words = [*context._protected_args, *context.args]
+        command, words = command.commands[words[0]], words[1:]
