@@ -106,7 +106,7 @@ def made_up(num_rows: int, num_tokens: int, vocabulary: int) -> PoolTask:
         for row in range(num_rows)
     ]
     return PoolTask("made-up", 2, False, False, ("0", "1"), num_tokens, "accuracy", examples, list(range(num_rows)), {},
-                    lambda split, rows, said: {})  # fmt: skip
+                    lambda split, rows, said: {}, lambda split: "made-up")  # fmt: skip
 
 
 @torch.no_grad()

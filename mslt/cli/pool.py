@@ -12,11 +12,15 @@ from mslt.cli.names import refuse_unknown
 from mslt.cli.progress import counted_parts
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
+from mslt.files import lock_alone
 
 if TYPE_CHECKING:
     from mslt.evaluate.pool import Backbone
     from mslt.evaluate.pool_data import PoolTask
     from mslt.evaluate.pool_runs import CacheOptions
+
+LOCK = ".lock"
+MAX_SEED = 2**63 - 1  # keys are of 64 bits; more seeds are counted from the first
 
 app = typer.Typer(
     help="Pooling: one small head on all hidden states of a frozen encoder, a file of its own for each task.",
@@ -105,7 +109,7 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="Of heads.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, help="How many heads of each kind.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The first of them.")] = 0,
     backbone_epochs: Annotated[
         str | None,
         typer.Option(
@@ -151,8 +155,8 @@ def train(
     numbers = _epochs(backbone_epochs)
     if cache is not None and numbers:
         raise MsltError("--cache: holds the states of one encoder, --backbone-epochs makes others; leave one out")
-    if numbers is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MsltError(f"{out}: is there, and no empty folder; name another")
+    if numbers is None:
+        _refuse_full(out)
     heads = Heads(
         training=FineTuning(learning_rate, batch_size, epochs, seed, precision=precision),
         poolers=cast(tuple[Pooler, ...], tuple(dict.fromkeys(pooler or ["adapter"]))),
@@ -191,7 +195,10 @@ def train(
                 )
         return
     made = []
-    with counted_parts() as progress:
+    out.mkdir(parents=True, exist_ok=True)
+    busy = f"{out}: another process trains there; name another"
+    with lock_alone(out / LOCK, busy), counted_parts() as progress:
+        _refuse_full(out)
         for each in pool_tasks:
             made += make_heads(backbone, each, heads, out, _cache(cache, cache_dtype, max_cache_gb), progress)
     if as_json:
@@ -221,6 +228,7 @@ def evaluate(
     data_dir: Data = None,
     squad_dev: SquadDev = None,
     subset: Subset = False,
+    tokenizer: Tokenizer = None,
     precision: Precision = "fp32",
     device: Device = None,
     as_json: Json = False,
@@ -234,7 +242,7 @@ def evaluate(
     if pair is not None and text is None:
         raise MsltError("--pair: is the second sentence of --text; give both")
     _quiet()
-    backbone, opened = open_heads(heads, _device(device), checkpoint)
+    backbone, opened = open_heads(heads, _device(device), checkpoint, tokenizer)
     if text is not None:
         said = answers_on(backbone, opened, text, pair)
         if as_json:
@@ -259,9 +267,11 @@ def evaluate(
         task = _task(name, backbone, data_dir, None, squad_dev, more["version"], more["stride"],
                      more["question_tokens"], subset, num_tokens, None, with_train=False)  # fmt: skip
         whole = Pooled(backbone.model, [opened[index].head for index in indices])
-        scores, _ = score_heads(whole, task, backbone.collate(task, pads == "keep"), precision)
+        scores = score_heads(whole, task, backbone.collate(task, pads == "keep"), precision)
         for index, by_split in zip(indices, scores, strict=True):
             own = opened[index]
+            if by_split is None:
+                raise MsltError(f"{own.folder}: its logits are not finite; leave it out, or train it again")
             found[index] = {
                 "folder": str(own.folder), "task": name, "metric": task.metric, "scores": by_split,
                 "headline": task.headline(by_split), "sizes": own.described["sizes"],
@@ -307,7 +317,9 @@ def search(
     new_pooler: Annotated[
         bool, typer.Option("--new-pooler", help="For full fine-tuning: draw the pooler where there is none.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the search: trials, rows set aside, final seeds.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the search: trials, rows set aside, final seeds.")
+    ] = 0,
     data_dir: Data = None,
     squad_train: SquadTrain = None,
     squad_dev: SquadDev = None,
@@ -418,6 +430,7 @@ def errors(
         str | None, typer.Option(help="Default: the (first) validation split.", show_default=False)
     ] = None,
     subset: Subset = False,
+    tokenizer: Tokenizer = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -429,7 +442,7 @@ def errors(
     if task is not None:
         refuse_unknown("--task", task, TASKS)
     _quiet()
-    found = compare([first, second], task, data_dir, subset, split, _device(device))
+    found = compare([first, second], task, data_dir, subset, split, _device(device), tokenizer)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -445,6 +458,11 @@ def errors(
     print_table(["", a, b], rows, title=f"{found['task']}, {found['split']}, {found['rows']:,} rows")
     typer.echo(f"both right {percent(found['both_right'])}, neither {percent(found['neither_right'])}; of what one of "
                f"them gets right, both do {percent(found['both_of_either'])}")  # fmt: skip
+
+
+def _refuse_full(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(each.name != LOCK for each in out.iterdir())):
+        raise MsltError(f"{out}: is there, and no empty folder; name another")
 
 
 def _quiet() -> None:

@@ -331,7 +331,7 @@ def make_exits(
     tokenizer.save_pretrained(out)
     is_new = not is_tuned or training.joint
     if is_new:
-        save_fine_tuned(out / MODEL, model, tokenizer, {"checkpoint": source.checkpoint})
+        save_fine_tuned(out / MODEL, model, tokenizer, {"checkpoint": source.checkpoint, "task": task.name})
     else:
         model.config._name_or_path = str(Path(source.checkpoint).resolve() if Path(source.checkpoint).is_dir()
                                          else source.checkpoint)  # fmt: skip

@@ -108,7 +108,8 @@ def run_cell(source: Source, cell: Cell, model_folder: Path | None, device: str)
                 best = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     if model_folder is not None and best is not None:
         model.load_state_dict(best)
-        save_fine_tuned(model_folder, model, tokenizer, {"checkpoint": source.checkpoint, "cell": asdict(cell)})
+        save_fine_tuned(model_folder, model, tokenizer, {"checkpoint": source.checkpoint, "task": task.name,
+                                                         "cell": asdict(cell)})  # fmt: skip
     chosen = best_epoch(epochs, cell.headline)
     return {"cell": asdict(cell), "epochs": epochs, "epoch": chosen,
             "headline": headline(epochs[chosen], cell.headline)}  # fmt: skip

@@ -3,6 +3,7 @@
 A checkpoint is named by a folder (a model's, a stage's or a run's) or by a name on the hub.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,6 +133,17 @@ def digest(source: str) -> str:
         return f"{source} at {open_config(source)._commit_hash}"
     files = sorted(file for file in folder.iterdir() if WEIGHTS.search(file.name) or file.name == "config.json")
     return sha256_text(canonical_json([(file.name, sha256_file(file)) for file in files]))
+
+
+def tuned_on(source: str) -> str | None:
+    """The task that a folder of ours says its model was fine-tuned on; None where none is said."""
+    path = Path(source) / "provenance.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("task")
+    except (ValueError, AttributeError):
+        raise MsltError(f"{path}: cannot be read; remove it, or take the folder from where it came") from None
 
 
 def vocabulary_difference(first: dict[str, int], second: dict[str, int]) -> str | None:

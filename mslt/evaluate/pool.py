@@ -5,6 +5,7 @@ Heads of one task share every pass of the encoder, and each trains as it would a
 B rows, T tokens, N tokens of all rows that heads read, L hidden states, D width, H heads, C labels.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mslt.evaluate.glue import EVALUATION_BATCH, open_for
 from mslt.evaluate.glue_data import Row
 from mslt.evaluate.glue_tasks import TASKS
 from mslt.evaluate.opening import (
+    locate,
     open_config,
     open_fitting_tokenizer,
     open_model,
@@ -32,7 +34,7 @@ from mslt.evaluate.opening import (
     tokenizer_digest,
 )
 from mslt.evaluate.pool_cache import StatesCache
-from mslt.evaluate.pool_data import Collate, Example, PoolTask, Scores, collate_of, glue_examples, has_types
+from mslt.evaluate.pool_data import SQUAD, Collate, Example, PoolTask, Scores, collate_of, glue_examples, has_types
 from mslt.evaluate.positions import refuse_over_positions
 from mslt.evaluate.squad import padded
 from mslt.heads.pooling import (
@@ -189,7 +191,7 @@ def train_heads(
 def logits_of(
     whole: Pooled, rows: Sequence[int], examples: Sequence[Example], batch_of: BatchOf, precision: str
 ) -> list[list[torch.Tensor]]:
-    """What each head says of each row, in their order: [C], of spans [T, 2]. MsltError where it is not finite."""
+    """What each head says of each row, in their order: [C], of spans [T, 2]."""
     said = predict(whole, rows, batch_of, EVALUATION_BATCH, precision, lambda row: len(examples[row].ids))  # type: ignore[arg-type]
     found: list[list[torch.Tensor]] = [[] for _ in whole.settings]
     for row, (logits,) in zip(rows, said, strict=True):
@@ -197,8 +199,6 @@ def logits_of(
             own.append(
                 logits_of_head[: len(examples[row].ids)] if whole.settings[0].tokens == "each" else logits_of_head
             )
-    for own in found:
-        refuse_not_finite(own, "head")
     return found
 
 
@@ -206,25 +206,28 @@ class Diverged(MsltError):
     """A training whose model says nothing that is finite."""
 
 
+def are_finite(said: Sequence[torch.Tensor]) -> bool:
+    return all(bool(logits.isfinite().all()) for logits in said)
+
+
 def refuse_not_finite(said: Sequence[torch.Tensor], what: str) -> None:
-    if not all(bool(logits.isfinite().all()) for logits in said):
-        raise Diverged(f"the {what}'s logits are not finite: its training diverged; give a lower --learning-rate, or "
-                        "--precision fp32")  # fmt: skip
+    if not are_finite(said):
+        raise Diverged(f"{what}: its logits are not finite, its training diverged; a lower learning rate helps, or "
+                       "--precision fp32")  # fmt: skip
 
 
-def score_heads(
-    whole: Pooled, task: PoolTask, collate: Collate, precision: str
-) -> tuple[list[dict[str, Scores]], dict[str, list[list[torch.Tensor]]]]:
-    """Of each head all metrics of each split that is held out; and the logits, by split and head."""
+def score_heads(whole: Pooled, task: PoolTask, collate: Collate, precision: str) -> list[dict[str, Scores] | None]:
+    """Of each head all metrics of each split that is held out; None of one whose logits are not all finite."""
     said = {
         split: logits_of(whole, range(len(examples)), examples, on_the_fly(examples, collate), precision)
         for split, examples in task.heldout.items()
     }
-    scores = [
+    return [
         {split: task.score(split, range(len(of_heads[index])), of_heads[index]) for split, of_heads in said.items()}
+        if all(are_finite(of_heads[index]) for of_heads in said.values())
+        else None
         for index in range(len(whole.settings))
     ]
-    return scores, said
 
 
 def speedup_of_layers(model: PreTrainedModel, collate: Collate, last_state: int, num_turns: int = 5) -> float:
@@ -256,22 +259,24 @@ class OpenedHead:
 
 
 def open_heads(
-    folders: Sequence[Path], device: str | torch.device, checkpoint: str | None = None
+    folders: Sequence[Path], device: str | torch.device, checkpoint: str | None = None, tokenizer: str | None = None
 ) -> tuple[Backbone, list[OpenedHead]]:
-    """Heads of one encoder, and that encoder: `checkpoint`, or the one that the first names. MsltError where one of
-    them is of another, or the tokenizer is."""
+    """Heads of one encoder, and that encoder: `checkpoint`, or the one that the first names; its tokenizer is its own,
+    or the one that `tokenizer` names. MsltError where one of the heads is of another encoder or tokenizer."""
     all_described = [read_description(folder) for folder in folders]
-    backbone = open_backbone(checkpoint or all_described[0]["backbone"], None, device)
+    backbone = open_backbone(locate(checkpoint or all_described[0]["backbone"])[0], tokenizer, device)
     found = []
     for folder, described in zip(folders, all_described, strict=True):
         head = load_head(folder, backbone.model, backbone.described)
         unsaid = [name for name in ("task", "labels", "max_tokens", "sizes") if name not in described]
         if unsaid:
             raise MsltError(f"{folder}: does not say its {', '.join(unsaid)}; train the head by `mslt pool train`")
+        if described["task"] not in (*TASKS, SQUAD):
+            raise MsltError(f"{folder}: is of task {described['task']}; take one of {', '.join((*TASKS, SQUAD))}")
         if described.get("tokenizer") != backbone.described["tokenizer"]:
             raise MsltError(
-                f"{folder}: was trained with another tokenizer than {backbone.source} holds; put the one it was "
-                "trained with there"
+                f"{folder}: was trained with another tokenizer than {tokenizer or backbone.source} holds; give the "
+                "one it was trained with by --tokenizer"
             )
         found.append(OpenedHead(folder, head, described))
     return backbone, found
@@ -282,14 +287,26 @@ def answers_on(
     backbone: Backbone, opened: Sequence[OpenedHead], text: str, pair: str | None = None
 ) -> list[dict[str, Any]]:
     """What each head says of one text, all in one pass: the label and every label's share, or the score. MsltError for
-    heads for spans."""
+    heads for spans, for a pair where a task has one sentence and no pair where it has two, and for a text of more
+    tokens than one of the heads was trained on while another takes more."""
     spans = [str(each.folder) for each in opened if each.head.settings.tokens == "each"]
     if spans:
         raise MsltError(f"{spans[0]}: finds answers of questions in contexts; leave it out, or the text")
+    for each in opened:
+        name = each.described["task"]
+        if (len(TASKS[name].columns) == 2) != (pair is not None):
+            wants = "one sentence; leave --pair out" if pair is not None else "two sentences; give the second by --pair"
+            raise MsltError(f"{each.folder}: {name} has {wants}, or this head")
     whole = Pooled(backbone.model, [each.head for each in opened]).eval()
-    num_tokens = min(each.described["max_tokens"] for each in opened)
     keeps = opened[0].head.settings.pad_states == "keep"
+    every = [each.described["max_tokens"] for each in opened]
+    num_tokens = max(every)
+    if keeps and min(every) < num_tokens:
+        raise MsltError(f"heads that read padding, of rows of {min(every)} and of {num_tokens} tokens: ask them apart")
     (example,) = glue_examples([Row(text, pair, None)], backbone.tokenizer, num_tokens)
+    if len(example.ids) > min(every):
+        raise MsltError(f"--text: is {len(example.ids)} tokens, and {opened[every.index(min(every))].folder} takes "
+                        f"{min(every)}; give a shorter one, or ask heads of other lengths apart")  # fmt: skip
     batch = padded([(example.ids, example.types)], backbone.tokenizer.pad_token_id, has_types(backbone.model.config),
                    num_tokens if keeps else None)  # fmt: skip
     batch = {name: tensor.to(backbone.model.device) for name, tensor in batch.items()}
@@ -397,7 +414,7 @@ def whole_logits(
         ]
     else:
         found = [logits for (logits, *_) in said]
-    refuse_not_finite(found, "model")
+    refuse_not_finite(found, "the model")
     return found
 
 
@@ -411,7 +428,7 @@ def score_whole(model: PreTrainedModel, task: PoolTask, collate: Collate, precis
 
 def rows_of_epochs(num_rows: int, num_epochs: float, seed: int) -> tuple[list[int], int]:
     """Row numbers and whole epochs: below 1 the first share of a keyed order, once. MsltError for 0, or for 1.5."""
-    if num_epochs <= 0 or (num_epochs > 1 and num_epochs != int(num_epochs)):
+    if not 0 < num_epochs < math.inf or (num_epochs > 1 and num_epochs != int(num_epochs)):
         raise MsltError(f"--backbone-epochs {num_epochs:g}: give a share of one, like 0.3, or a whole number")
     if num_epochs >= 1:
         return list(range(num_rows)), int(num_epochs)
@@ -442,5 +459,5 @@ def head_settings(
     """Of a head for this task; those for spans answer for each token."""
     return HeadSettings(
         kind, width, *states, task.num_labels, adapter_width, "each" if task.is_span else tokens, task.num_tokens,
-        pad_states, skip and task.is_span,
+        pad_states, skip,
     )  # fmt: skip

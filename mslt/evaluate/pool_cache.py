@@ -3,8 +3,8 @@
     folder/cache.json  states-00000.safetensors …
 
 A file holds `hidden` [N, L, D]: the tokens of rows that stand one behind the other, without padding unless heads are to
-read it. cache.json names what they are of, and every file's hash; it is written anew after each file, so that a killed
-cache goes on where it stopped.
+read it. cache.json names what they are of, and every file's rows and hash; it is written anew after each file, so that
+a killed cache goes on where it stopped.
 """
 
 import json
@@ -84,28 +84,32 @@ def make_cache(
     progress: Progress = lambda done, total: None,
 ) -> StatesCache:
     """Write what is not there yet, and open it. MsltError where it would be larger than `max_gb`, before anything is
-    written, where the folder holds another's states, and where a file is not what was written."""
+    written, where the folder holds another's states, and where a file is not what was written. A folder that holds more
+    states than `states` goes on with all of its own."""
     settings = {
         "backbone_sha256": backbone_sha256, "rows_sha256": rows_digest(examples), "states": [states[0], states[-1]],
         "dtype": dtype, "padding": collate.task.num_tokens if collate.keeps_padding else None,
     }  # fmt: skip
     lengths = np.array([collate.num_read(each) for each in examples])
-    width = model.config.hidden_size
-    num_bytes = cache_bytes(int(lengths.sum()), len(states), width, dtype)
-    refuse_too_large(num_bytes, max_gb, f"{len(examples):,} rows of {collate.task.name}")
-    pieces = _pieces(lengths, cache_bytes(1, len(states), width, dtype))
+    num_tokens, width = int(lengths.sum()), model.config.hidden_size
+    what = f"{len(examples):,} rows of {collate.task.name}"
+    refuse_too_large(cache_bytes(num_tokens, len(states), width, dtype), max_gb, what)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_alone(folder / ".lock", f"{folder}: another process writes this cache; wait for it, or name another"):
         described = _described(folder, settings)
         states = range(described["settings"]["states"][0], described["settings"]["states"][1] + 1)
-        for index, (first, end) in enumerate(pieces):
-            path = folder / f"states-{index:05}.safetensors"
+        refuse_too_large(cache_bytes(num_tokens, len(states), width, dtype), max_gb, what)
+        pieces = _pieces(lengths, cache_bytes(1, len(states), width, dtype))
+        paths = [folder / f"states-{index:05}.safetensors" for index in range(len(pieces))]
+        for path, (first, end) in zip(paths, pieces, strict=True):
             if path.name not in described["files"]:
                 save_state(path, {"hidden": _states_of(model, examples[first:end], collate, states, DTYPES[dtype])})
-                described["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                described["files"][path.name] = {
+                    "rows": [first, end], "bytes": path.stat().st_size, "sha256": sha256_file(path),
+                }  # fmt: skip
                 write_json(folder / DESCRIPTION, described)
             progress(end, len(examples))
-    files = [_checked(folder / name, entry) for name, entry in sorted(described["files"].items())]
+    files = [_checked(path, described["files"][path.name], piece) for path, piece in zip(paths, pieces, strict=True)]
     file_of = np.repeat(np.arange(len(pieces)), [end - first for first, end in pieces])
     starts = np.concatenate([np.cumsum(lengths[first:end]) - lengths[first:end] for first, end in pieces])
     return StatesCache(states, files, file_of, starts, lengths)
@@ -118,7 +122,7 @@ def _described(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text())
         before, _ = dict(described["settings"]), dict(described["files"])
-        low, high = before["states"]
+        low, high = map(int, before["states"])
     except (ValueError, KeyError, TypeError):
         raise MsltError(f"{path}: cannot be read; remove {folder}, and the same command makes it anew") from None
     if low <= settings["states"][0] and settings["states"][1] <= high:  # it holds more than is asked for
@@ -156,13 +160,16 @@ def _states_of(
     return h_NLD
 
 
-def _checked(path: Path, entry: dict[str, Any]) -> torch.Tensor:
-    """The tensor in a file, mapped into memory."""
+def _checked(path: Path, entry: dict[str, Any], rows: tuple[int, int]) -> torch.Tensor:
+    """The tensor in a file of these rows, mapped into memory."""
     try:
-        if path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
+        if entry["rows"] != list(rows):
+            said = f"holds rows {entry['rows']}, not {list(rows)}"
+        elif path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
             return load_file(path)["hidden"]
-        said = f"has {path.stat().st_size:,} bytes of {entry['bytes']:,}, or some of them are flipped"
-    except (OSError, SafetensorError, KeyError) as error:
+        else:
+            said = f"has {path.stat().st_size:,} bytes of {entry['bytes']:,}, or some of them are flipped"
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         said = str(error)
     raise MsltError(
         f"{path}: is not what was written ({said}); remove {path.parent}, and the same command makes it anew"

@@ -20,6 +20,8 @@ from mslt.evaluate.glue_data import Row, read_split
 from mslt.evaluate.glue_scores import answers_of, scores
 from mslt.evaluate.glue_tasks import PRESETS, TASKS
 from mslt.evaluate.squad_data import Question, Version, drawn, with_placed_answers
+from mslt.evaluate.squad_data import digest as questions_digest
+from mslt.files import canonical_json, sha256_text
 
 SQUAD = "SQuAD"
 Scores = dict[str, float]
@@ -40,7 +42,8 @@ class PoolTask:
     """A task's tokenised rows, of `num_tokens` at most: `train`, and splits that are held out. `score` takes a split,
     numbers of its rows, and what a head says of them, fp32 on the CPU: [C], of spans [T, 2]. Rows of one of `groups` of
     `train`, like windows of one context, are trained on together or not at all. `labels` are a classification's,
-    `reading` what else was chosen for reading the rows."""
+    `reading` what else was chosen for reading the rows. `digest` tells splits apart by all that training and scores
+    depend on, labels and SQuAD's answers, too."""
 
     name: str
     num_labels: int
@@ -53,7 +56,11 @@ class PoolTask:
     groups: list[int]
     heldout: dict[str, list[Example]]
     score: Callable[[str, Sequence[int], Sequence[torch.Tensor]], Scores]
+    digest: Callable[[str], str]
     reading: dict[str, str | int] = field(default_factory=dict)
+
+    def digests(self) -> dict[str, str]:
+        return {split: self.digest(split) for split in ("train", *self.heldout)}
 
     def headline(self, by_split: dict[str, Scores]) -> float:
         """0 … 1, of MNLI the mean of its halves: the metric that BERTVision reports."""
@@ -87,6 +94,9 @@ def glue_task(
         groups=list(range(len(examples["train"]))),
         heldout={split: examples[split] for split in task.validation},
         score=score,
+        digest=lambda split: sha256_text(
+            canonical_json([rows_digest(examples[split]), [each.label for each in examples[split]]])
+        ),
     )
 
 
@@ -147,6 +157,7 @@ def squad_task(files: SquadFiles, tokenizer: PreTrainedTokenizerBase, shape: squ
         groups=[contexts[questions["train"][window.question_index].context] for window in windows["train"]],
         heldout={"dev": examples["dev"]},
         score=score,
+        digest=lambda split: sha256_text(rows_digest(examples[split]) + questions_digest(questions[split])),
         reading={"version": files.version, "stride": shape.stride, "question_tokens": shape.question_tokens},
     )
 

@@ -13,8 +13,8 @@ from mslt.evaluate.exits import refuse_labels
 from mslt.evaluate.glue import Source
 from mslt.evaluate.glue_scores import answers_of
 from mslt.evaluate.glue_tasks import BINARY, TASKS, Task
-from mslt.evaluate.opening import open_config, open_fitting_tokenizer, open_model
-from mslt.evaluate.pool import Pooled, logits_of, on_the_fly, open_heads, whole_logits
+from mslt.evaluate.opening import locate, open_config, open_fitting_tokenizer, open_model
+from mslt.evaluate.pool import Pooled, logits_of, on_the_fly, open_heads, refuse_not_finite, whole_logits
 from mslt.evaluate.pool_data import PoolTask, collate_of, glue_task
 from mslt.heads.pooling import DESCRIPTION
 from mslt.models import families
@@ -60,11 +60,12 @@ def _share(hits: np.ndarray, among: np.ndarray) -> float | None:
 
 
 def errors(
-    paths: Sequence[Path], task_name: str | None, data_dir: Path | None, is_subset: bool, split: str | None, device: str
-) -> dict[str, Any]:
+    paths: Sequence[Path], task_name: str | None, data_dir: Path | None, is_subset: bool, split: str | None,
+    device: str, tokenizer: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Two folders, each a head's or a fine-tuned classifier's, on a split of one task. MsltError where they are of
     other tasks, of a regression, or neither."""
-    opened = [_opened(path, device) for path in paths]
+    opened = [_opened(path, device, tokenizer) for path in paths]
     names = {name for name, *_ in opened if name is not None} | ({task_name} if task_name else set())
     if len(names) != 1 or not names <= TASKS.keys():
         said = ", ".join(sorted(names)) or "none"
@@ -93,10 +94,10 @@ def errors(
     }
 
 
-def _opened(path: Path, device: str) -> tuple[str | None, Any]:
+def _opened(path: Path, device: str, tokenizer_source: str | None) -> tuple[str | None, Any]:
     """The task that is said to be answered, and what answers it."""
     if (path / DESCRIPTION).is_file():
-        backbone, (opened,) = open_heads([path], device)
+        backbone, (opened,) = open_heads([path], device, None, tokenizer_source)
         described = opened.described
 
         def by_head(task: Task, data_dir: Path | None, is_subset: bool, split: str) -> tuple[Any, PoolTask]:
@@ -105,15 +106,18 @@ def _opened(path: Path, device: str) -> tuple[str | None, Any]:
             whole = Pooled(backbone.model, [opened.head])
             collate = backbone.collate(rows, opened.head.settings.pad_states == "keep")
             examples = rows.heldout[split]
-            return logits_of(whole, range(len(examples)), examples, on_the_fly(examples, collate), "fp32")[0], rows
+            (said,) = logits_of(whole, range(len(examples)), examples, on_the_fly(examples, collate), "fp32")
+            refuse_not_finite(said, str(path))
+            return said, rows
 
         return described.get("task"), by_head
-    config = open_config(str(path))
+    model_folder = locate(str(path))[0]
+    config = open_config(model_folder)
     if not families.is_classifiers_config(config):
         raise MsltError(f"{path}: holds neither a head of `mslt pool train` nor a fine-tuned classifier; name one of "
                         "them")  # fmt: skip
-    tokenizer = open_fitting_tokenizer(config, str(path))
-    model, missing = open_model(str(path), AutoModelForSequenceClassification)
+    tokenizer = open_fitting_tokenizer(config, model_folder, tokenizer_source)
+    model, missing = open_model(model_folder, AutoModelForSequenceClassification)
     if missing:
         raise MsltError(f"{path}: lacks weights ({', '.join(missing[:3])}); it is damaged")
     model.to(device)
@@ -121,7 +125,7 @@ def _opened(path: Path, device: str) -> tuple[str | None, Any]:
     def by_model(task: Task, data_dir: Path | None, is_subset: bool, split: str) -> tuple[Any, PoolTask]:
         refuse_labels(str(path), model, task)
         num_tokens = min(families.num_positions(config), 512)
-        source = Source(str(path), None, data_dir, is_subset)
+        source = Source(model_folder, None, data_dir, is_subset)
         rows = glue_task(source, task.name, tokenizer, num_tokens, with_train=False)
         examples = rows.heldout[split]
         return whole_logits(model, range(len(examples)), examples, collate_of(rows, config, tokenizer), "fp32"), rows

@@ -7,12 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mslt.errors import MsltError
 from mslt.evaluate.fine_tune import FineTuning, counted, fine_tune, num_steps
 from mslt.evaluate.fine_tune import Tell as Progress
 from mslt.evaluate.opening import digest
 from mslt.evaluate.pool import (
     Backbone,
     BatchOf,
+    Diverged,
     Pooled,
     from_cache,
     frozen,
@@ -30,7 +32,7 @@ from mslt.evaluate.pool import (
 from mslt.evaluate.pool_cache import StatesCache, make_cache
 from mslt.evaluate.pool_data import Collate, PoolTask, collate_of, rows_digest
 from mslt.evaluate.result import finished
-from mslt.files import write_json
+from mslt.files import lock_alone, write_json
 from mslt.heads.pooling import (
     HeadSettings,
     PadStates,
@@ -73,7 +75,7 @@ class Heads:
     seeds: tuple[int, ...] = (0,)
 
     def settings(self, task: PoolTask, backbone: Backbone) -> list[HeadSettings]:
-        """MsltError where one of them cannot be."""
+        """MsltError where one of them cannot be, and for several in fp16."""
         config = backbone.model.config
         states = states_of(self.layers, config.num_hidden_layers)
         every = [
@@ -82,6 +84,11 @@ class Heads:
         ]
         for each in every:
             refuse_unfit(each, config.num_hidden_layers)
+        if self.training.precision == "fp16" and len(every) > 1:
+            raise MsltError(
+                "--precision fp16: the loss is scaled for all heads of a pass, and one that overflows would stop the "
+                "others; give bf16 or fp32, or one --pooler and one --adapter-width at a time"
+            )
         return every
 
 
@@ -121,10 +128,11 @@ def make_heads(
     progress: Progress = lambda doing, done, total: None,
 ) -> list[dict[str, Any]]:
     """Train, score and write every head into a folder of its own below `out`; what their descriptions say, with the
-    folder."""
+    folder. Diverged, when all others are written, where one of them says nothing that is finite."""
     every = heads.settings(task, backbone)
     collate = backbone.collate(task, heads.pad_states == "keep")
     made: list[dict[str, Any]] = []
+    diverged: list[str] = []
     states = states_of_all(every)
     kept = None if cache is None else open_cache(backbone, task, collate, states, cache, progress)
     batch_of = train_batches(task, collate, states, kept)
@@ -139,9 +147,12 @@ def make_heads(
         telling = counted(batch_of, f"{task.name}, seed {seed}", num_steps(len(rows), training), progress)
         for _ in train_heads(whole, rows, telling, training, [training.learning_rate] * len(every)):
             pass
-        scores, _ = score_heads(whole, task, collate, training.precision)
+        scores = score_heads(whole, task, collate, training.precision)
         for settings, head, by_split in zip(every, whole.heads, scores, strict=True):
             folder = out / name_of(task.name, settings, seed)
+            if by_split is None:
+                diverged.append(folder.name)
+                continue
             described = save_head(
                 folder, head, backbone.described,  # type: ignore[arg-type]
                 task=task.name, labels=list(task.labels), max_tokens=task.num_tokens, metric=task.metric,
@@ -150,6 +161,11 @@ def make_heads(
                 rows_sha256=rows_digest(task.train), reading=task.reading,
             )  # fmt: skip
             made.append({"folder": str(folder), **described})
+    if diverged:
+        raise Diverged(
+            f"{', '.join(diverged)}: diverged, and not written; the other {len(made)} heads are in {out}. Train these "
+            "anew with a lower --learning-rate, or --precision fp32"
+        )
     return made
 
 
@@ -210,29 +226,41 @@ def curve(
     for num_epochs in tuning.epochs:
         rows_of_epochs(len(task.train), num_epochs, tuning.training.seed)
     settings = {
-        "checkpoint": digest(checkpoint), "task": task.name, "rows_sha256": rows_digest(task.train),
-        "max_tokens": task.num_tokens, "heads": _plain(heads), "backbone": asdict(tuning.training),
+        "checkpoint": digest(checkpoint), "task": task.name, "data_sha256": task.digests(),
+        "max_tokens": task.num_tokens, "reading": task.reading, "heads": _plain(heads),
+        "backbone": asdict(tuning.training), "new_pooler": tuning.new_pooler,
     }  # fmt: skip
-    points = []
-    for num_epochs in tuning.epochs:
-        folder = out / f"{task.name}-epochs-{num_epochs:g}"
-        found = finished(folder / "point.json", {**settings, "epochs": num_epochs})
-        if found is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            backbone, scores = tuned_backbone(checkpoint, task, tuning, num_epochs, fresh, folder / BACKBONE, device,
-                                              progress)  # fmt: skip
-            made = make_heads(backbone, task, heads, folder, None, progress)
-            found = {
-                "task": task.name, "metric": task.metric, "epochs": num_epochs, "whole": scores,
-                "whole_headline": task.headline(scores),
-                "heads": [{name: each[name] for name in _OF_A_HEAD} for each in made],
-                "settings": {**settings, "epochs": num_epochs}, "provenance": provenance(),
-            }  # fmt: skip
-            write_json(folder / "point.json", found)
-        best = ", ".join(f"{each['headline']:.3f}" for each in found["heads"])
-        tell(f"{task.name}, {num_epochs:g} epochs: fine-tuned {found['whole_headline']:.3f}, heads {best}")
-        points.append(found)
-    return points
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_alone(out / ".lock", f"{out}: another process trains there; wait for it, or name another"):
+        return [
+            _point(checkpoint, task, heads, tuning, num_epochs, fresh, out, device, {**settings, "epochs": num_epochs},
+                   tell, progress)
+            for num_epochs in tuning.epochs
+        ]  # fmt: skip
+
+
+def _point(
+    checkpoint: str, task: PoolTask, heads: Heads, tuning: BackboneTraining, num_epochs: float, fresh: Backbone,
+    out: Path, device: str, settings: dict[str, Any], tell: Tell, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """One of the curve, made where it is not there."""
+    folder = out / f"{task.name}-epochs-{num_epochs:g}"
+    found = finished(folder / "point.json", settings)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        backbone, scores = tuned_backbone(checkpoint, task, tuning, num_epochs, fresh, folder / BACKBONE, device,
+                                          progress)  # fmt: skip
+        made = make_heads(backbone, task, heads, folder, None, progress)
+        found = {
+            "task": task.name, "metric": task.metric, "epochs": num_epochs, "whole": scores,
+            "whole_headline": task.headline(scores),
+            "heads": [{name: each[name] for name in _OF_A_HEAD} for each in made],
+            "settings": settings, "provenance": provenance(),
+        }  # fmt: skip
+        write_json(folder / "point.json", found)
+    best = ", ".join(f"{each['headline']:.3f}" for each in found["heads"])
+    tell(f"{task.name}, {num_epochs:g} epochs: fine-tuned {found['whole_headline']:.3f}, heads {best}")
+    return found
 
 
 _OF_A_HEAD = ("folder", "task", "metric", "settings", "sizes", "scores", "headline", "training", "speedup_of_layers")

@@ -2,6 +2,10 @@
 
 Trials are proposed by TPE (Bergstra et al. 2011) and judged on training rows that are set aside, never on the split
 that is reported; the best setting of each method is then trained anew on all training rows with several seeds.
+
+An encoder that was fine-tuned on the task has learnt the rows that are set aside, too: what trials of heads score
+there is then too good, and the choice among them the poorer for it. The search says so; the split that is reported
+stays clean.
 """
 
 import json
@@ -19,9 +23,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from mslt.data import keyed
+from mslt.errors import MsltError
 from mslt.evaluate.fine_tune import FineTuning, fine_tune
 from mslt.evaluate.fine_tune import Tell as Progress
-from mslt.evaluate.opening import digest
+from mslt.evaluate.opening import digest, tuned_on
 from mslt.evaluate.pool import (
     Backbone,
     Diverged,
@@ -29,6 +34,7 @@ from mslt.evaluate.pool import (
     head_settings,
     logits_of,
     open_whole,
+    refuse_not_finite,
     score_heads,
     score_whole,
     states_of,
@@ -37,9 +43,9 @@ from mslt.evaluate.pool import (
     whole_logits,
 )
 from mslt.evaluate.pool_cache import StatesCache
-from mslt.evaluate.pool_data import PoolTask, Scores, collate_of, rows_digest, split_off
+from mslt.evaluate.pool_data import PoolTask, Scores, collate_of, split_off
 from mslt.evaluate.pool_runs import CacheOptions, open_cache, train_batches
-from mslt.evaluate.result import refuse_other
+from mslt.evaluate.result import refuse_other, refused_if_damaged
 from mslt.files import lock_alone, write_json
 from mslt.heads.pooling import HeadSettings, PadStates, Tokens, new_head, refuse_unfit, save_head, sizes_of
 from mslt.provenance import provenance
@@ -53,6 +59,8 @@ ADAPTER_WIDTHS = (8, 16, 32, 64, 128, 256)
 # Learning rates: of heads BERTVision's, from which it draws evenly; of the baselines wide around what they are usually
 # given, evenly in the logarithm, for of 1e-6 to 1e-3 only one draw in ten suits a whole model, and none a linear probe.
 RATES = {"head": (1e-6, 1e-3, False), "probe": (1e-4, 1e-1, True), "full": (1e-6, 1e-4, True)}
+
+_MADE_ANEW = "remove it, and the same command makes it anew"
 
 Tell = Callable[[str], None]
 
@@ -153,14 +161,18 @@ class Trained:
         if self.is_full:
             said = whole_logits(self.whole, rows, examples, self.collate, precision)
         else:
-            said = logits_of(self.whole, rows, examples, self.batch_of, precision)[0]
+            (said,) = logits_of(self.whole, rows, examples, self.batch_of, precision)
+            refuse_not_finite(said, "the head")
         return self.task.headline({"chosen": self.task.score("train", rows, said)})
 
     def scores(self) -> dict[str, Scores]:
-        """On the splits that are reported."""
+        """On the splits that are reported. Diverged where nothing finite is said."""
         if self.is_full:
             return score_whole(self.whole, self.task, self.collate, self.training.precision)
-        return score_heads(self.whole, self.task, self.collate, self.training.precision)[0][0]
+        (found,) = score_heads(self.whole, self.task, self.collate, self.training.precision)
+        if found is None:
+            raise Diverged("the head's logits are not finite")
+        return found
 
 
 def run_search(
@@ -173,7 +185,21 @@ def run_search(
     progress: Progress = lambda doing, done, total: None,
 ) -> dict[str, Any]:
     """Do what is not done of a task's search in `folder`, write results.json there and return what is in it. MsltError
-    where the folder holds another's, before anything is trained."""
+    where the folder holds another's, and where the whole model would be fine-tuned from what was fine-tuned on the task
+    before, before anything is trained."""
+    begins_from = search.full_from or backbone.source
+    if "full" in search.methods and tuned_on(begins_from) == task.name:
+        raise MsltError(
+            f"{begins_from}: was fine-tuned on {task.name} already, on the rows that are set aside, too; name by "
+            "--full-from the checkpoint that it came from, or search no full fine-tuning"
+        )
+    warnings = []
+    if tuned_on(backbone.source) == task.name:
+        warnings.append(
+            f"{backbone.source} was fine-tuned on {task.name}, on the rows that are set aside, too: heads are chosen "
+            "by scores that are too good; those reported are of rows it has not seen"
+        )
+        tell(f"warning: {warnings[0]}")
     rows, chosen = split_off(task.groups, search.choose_share, search.seed)
     bench = Bench(backbone, task, search, None, rows, chosen)
     for method in search.methods:
@@ -181,17 +207,18 @@ def run_search(
             refuse_unfit(settings_of(bench, method, ADAPTER_WIDTHS[0]), backbone.model.config.num_hidden_layers)
     same = {name: value for name, value in asdict(search).items() if name not in ("methods", "num_trials", "num_seeds")}
     settings = {
-        **same, "full_from": digest(search.full_from or backbone.source), "task": task.name,
+        **same, "full_from": digest(begins_from), "task": task.name,
         "backbone_sha256": backbone.described["backbone_sha256"], "tokenizer": backbone.described["tokenizer"],
-        "max_tokens": task.num_tokens, "train_sha256": rows_digest(task.train),
-        "heldout_sha256": {split: rows_digest(examples) for split, examples in task.heldout.items()},
+        "max_tokens": task.num_tokens, "reading": task.reading, "data_sha256": task.digests(),
         "cache": None if cache is None else cache.dtype,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with lock_alone(folder / ".lock", f"{folder}: another process searches there; wait for it, or name another"):
         claim = folder / "search.json"
         if claim.exists():
-            refuse_other(claim, json.loads(claim.read_text())["settings"], settings)
+            with refused_if_damaged(claim, f"move {folder} away: of what settings its trials are is lost"):
+                before = dict(json.loads(claim.read_text())["settings"])
+            refuse_other(claim, before, settings)
         else:
             write_json(claim, {"settings": settings, "provenance": provenance()})
         if cache is not None and any(method != "full" for method in search.methods):
@@ -205,7 +232,7 @@ def run_search(
         found = {
             "task": task.name, "metric": task.metric, "backbone": backbone.described["backbone"],
             "num_trials": search.num_trials, "optuna": optuna.__version__, "rows": len(rows), "chosen_on": len(chosen),
-            "methods": {**earlier, **methods}, "settings": settings, "provenance": provenance(),
+            "warnings": warnings, "methods": {**earlier, **methods}, "settings": settings, "provenance": provenance(),
         }  # fmt: skip
         write_json(folder / "results.json", found)
     return found
@@ -215,10 +242,11 @@ def _earlier(path: Path, num_trials: int, num_seeds: int) -> dict[str, Any]:
     """Methods of an earlier call with the same budget."""
     if not path.exists():
         return {}
-    before = json.loads(path.read_text())
-    if before["num_trials"] != num_trials:
-        return {}
-    return {name: each for name, each in before["methods"].items() if len(each["headlines"]) == num_seeds}
+    with refused_if_damaged(path, _MADE_ANEW):
+        before = json.loads(path.read_text())
+        if before["num_trials"] != num_trials:
+            return {}
+        return {name: each for name, each in before["methods"].items() if len(each["headlines"]) == num_seeds}
 
 
 @dataclass(frozen=True)
@@ -238,11 +266,12 @@ def run_trials(bench: Bench, method: str, folder: Path, tell: Tell, progress: Pr
     budget, seed = bench.search.num_trials, bench.search.seed
     journal = folder / f"{method}.journal"
     _end_with_a_line(journal)
-    storage = JournalStorage(JournalFileBackend(str(journal), _Held()))
-    study = optuna.create_study(
-        storage=storage, study_name=method, direction="maximize", load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
-    )  # fmt: skip
+    with refused_if_damaged(journal, _MADE_ANEW):
+        storage = JournalStorage(JournalFileBackend(str(journal), _Held()))
+        study = optuna.create_study(
+            storage=storage, study_name=method, direction="maximize", load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
+        )  # fmt: skip
     for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # a killed process's
         study.tell(left.number, state=TrialState.FAIL)
     while (done := len(finished_trials(study))) < budget:
@@ -298,16 +327,22 @@ def _tried(bench: Bench, method: str, trial: optuna.Trial, seed: int) -> float:
     return trained.chosen_headline()
 
 
+def _final(path: Path) -> dict[str, Any]:
+    with refused_if_damaged(path, _MADE_ANEW):
+        found = json.loads(path.read_text())
+        return {name: found[name] for name in ("setting", "seed", "scores", "headline", "seconds", "sizes")}
+
+
 def _finals(bench: Bench, method: str, found: Found, folder: Path, tell: Tell, progress: Progress) -> dict[str, Any]:
     """The best setting on all training rows, seed by seed: other seeds than any trial's. Each is a file that is not
-    made twice; heads are kept."""
+    made twice; heads are kept. A seed that diverges has no score; means are of the others."""
     task, search = bench.task, bench.search
     best = found.setting
     runs = []
     for index in range(search.num_seeds):
         seed = keyed.torch_seed(search.seed, "final", index) % 2**31
         path = folder / "finals" / f"{method}-{index}.json"
-        before = json.loads(path.read_text()) if path.is_file() else None
+        before = _final(path) if path.is_file() else None
         if before is None or before["setting"] != asdict(best):
             path.parent.mkdir(parents=True, exist_ok=True)
             progress(f"{task.name}, {method}: seeds", index, search.num_seeds)
@@ -316,26 +351,35 @@ def _finals(bench: Bench, method: str, found: Found, folder: Path, tell: Tell, p
             for _ in trained.looks(1):
                 pass
             seconds = time.perf_counter() - began
-            scores = trained.scores()
-            before = {"setting": asdict(best), "seed": seed, "scores": scores, "headline": task.headline(scores),
+            try:
+                scores = trained.scores()
+            except Diverged:
+                scores = None
+            headline = None if scores is None else task.headline(scores)
+            before = {"setting": asdict(best), "seed": seed, "scores": scores, "headline": headline,
                       "seconds": round(seconds, 2)}  # fmt: skip
             if method != "full":
                 sizes = sizes_of(trained.head.settings, bench.backbone.model).as_plain()
-                save_head(
-                    folder / "heads" / f"{method}-{index}", trained.head, bench.backbone.described, task=task.name,
-                    labels=list(task.labels), max_tokens=task.num_tokens, metric=task.metric, scores=scores,
-                    headline=before["headline"], sizes=sizes, training=asdict(trained.training), reading=task.reading,
-                )  # fmt: skip
                 before["sizes"] = sizes
+                if scores is not None:
+                    save_head(
+                        folder / "heads" / f"{method}-{index}", trained.head, bench.backbone.described, task=task.name,
+                        labels=list(task.labels), max_tokens=task.num_tokens, metric=task.metric, scores=scores,
+                        headline=headline, sizes=sizes, training=asdict(trained.training),
+                        reading=task.reading,
+                    )  # fmt: skip
             else:
                 size = sum(parameter.numel() for parameter in trained.whole.parameters())
                 before["sizes"] = {"head": size, "whole": size, "deployed": size, "ratio": 1.0, "task_bytes": 4 * size}
             write_json(path, before)
         runs.append(before)
     headlines = [run["headline"] for run in runs]
-    mean = statistics.fmean(headlines)
-    deviation = statistics.stdev(headlines) if len(headlines) > 1 else None
-    tell(f"{task.name}, {method}: {100 * mean:.2f} over {len(runs)} seeds")
+    scored = [each for each in headlines if each is not None]
+    mean = statistics.fmean(scored) if scored else None
+    deviation = statistics.stdev(scored) if len(scored) > 1 else None
+    said = "no score" if mean is None else f"{100 * mean:.2f}"
+    lost = f", {len(runs) - len(scored)} more diverged" if len(scored) < len(runs) else ""
+    tell(f"{task.name}, {method}: {said} over {len(scored)} seeds{lost}")
     return {
         "best": asdict(best),
         "chosen_at": found.chosen_at,

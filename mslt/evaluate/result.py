@@ -1,6 +1,8 @@
 """What an evaluation leaves in its folder, and of which settings: another's is refused, not overwritten."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise MsltError(f"{path}: is no result of mslt's; give another --out, or move it away") from None
     return result
+
+
+@contextmanager
+def refused_if_damaged(path: Path, remedy: str) -> Iterator[None]:
+    """MsltError where what is read of `path` inside is not what we write."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MsltError(f"{path}: is damaged ({error!r}); {remedy}") from None
 
 
 def refuse_other(path: Path, before: dict[str, Any], settings: dict[str, Any], option: str = "--out") -> None:

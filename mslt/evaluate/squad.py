@@ -152,7 +152,7 @@ def write(
         write_json(out / "predictions.json", prediction.answers)
     result = {**result, "provenance": provenance()}
     if model is not None:
-        save_fine_tuned(out / "model", model, tokenizer, {"settings": result["settings"]})
+        save_fine_tuned(out / "model", model, tokenizer, {"task": "SQuAD", "settings": result["settings"]})
     write_json(out / "result.json", result)
     return result
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from mslt.data import keyed
 from mslt.errors import MsltError
-from mslt.files import sha256_file, write_json
+from mslt.files import canonical_json, sha256_file, sha256_text, write_json
 from mslt.heads.early_exit import model_hash
 from mslt.models import families
 from mslt.models.checkpoint import save_state
@@ -32,6 +32,7 @@ Pooler = Literal["adapter", "unshared", "mix", "mean", "last"]
 Tokens = Literal["flatten", "attention", "first", "each"]
 PadStates = Literal["zero", "keep"]
 POOLERS: tuple[Pooler, ...] = ("adapter", "unshared", "mix", "mean", "last")
+MIX_SPEED = 100.0  # Adam moves a weight by about the rate, 5e-4, a step: too little for a softmax to leave equal shares
 HEAD, DESCRIPTION = "head.safetensors", "head.json"
 
 
@@ -138,8 +139,11 @@ class PoolingHead(nn.Module):
     ) -> torch.Tensor:
         """[B, C], or with `each` [B, T, 2], -inf where the mask has no token. `h_NLD` are `settings.states` of the N
         tokens that `mask_BT` marks, `projected_NLA` what `project_together` made of them; `without` leaves the state of
-        this index out. MsltError for rows longer than a head that flattens them reads."""
+        this index out. MsltError for rows longer than a head that flattens them reads, and of another length than
+        one that reads padding was trained on."""
         settings, T = self.settings, mask_BT.shape[1]
+        if settings.pad_states == "keep" and settings.num_tokens != T:
+            raise MsltError(f"{T} tokens: this head reads padding, too, and rows of {settings.num_tokens}; pad to that")
         if settings.tokens == "first":
             lengths_B = mask_BT.sum(1)
             h_NLD = h_NLD[lengths_B.cumsum(0) - lengths_B]
@@ -155,7 +159,7 @@ class PoolingHead(nn.Module):
                 f"{T} tokens: this head reads {settings.num_tokens}; cut rows to so many, or train one that pools "
                 "tokens by attention"
             )
-        seen = T * settings.num_features  # behind it is padding alone, whose features are 0
+        seen = T * settings.num_features  # behind it is padding alone, whose features are 0 where it is not kept
         return linear(f_BTF.flatten(1), self.output.weight[:, :seen], self.output.bias)
 
     def features(
@@ -172,7 +176,10 @@ class PoolingHead(nn.Module):
         else:
             h_ND = self.combine(h_NLD, without)
             f_NF = self.activation(self.projections[0](h_ND)) if len(self.projections) else h_ND
-        return torch.cat([f_NF, h_NLD[:, -1].to(f_NF.dtype)], 1) if settings.skip else f_NF
+        if not settings.skip:
+            return f_NF
+        last_ND = h_NLD[:, -1].to(f_NF.dtype)
+        return torch.cat([f_NF, torch.zeros_like(last_ND) if without == len(settings.states) - 1 else last_ND], 1)
 
     def project(self, h_NLD: torch.Tensor) -> torch.Tensor:
         """[N, L, A]."""
@@ -191,7 +198,7 @@ class PoolingHead(nn.Module):
 
     def layer_weights(self, without: int | None = None) -> torch.Tensor:
         """[L] of `mix` and `mean`, with a sum of 1."""
-        w_L = self.weights_L if self.settings.kind == "mix" else torch.zeros(len(self.settings.states))
+        w_L = MIX_SPEED * self.weights_L if self.settings.kind == "mix" else torch.zeros(len(self.settings.states))
         if without is not None:
             w_L = w_L.index_fill(0, torch.tensor([without], device=w_L.device), -torch.inf)
         return w_L.to(self.output.weight.device).softmax(0)
@@ -259,8 +266,9 @@ def new_head(settings: HeadSettings, model: PreTrainedModel, seed: int) -> Pooli
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the head; of the same encoder under its own head, fully fine-tuned; of what is deployed, the
-    fine-tuned encoder without layers that never run, and the head; and bytes (fp32) that a further task stores."""
+    """Parameters of the head; of the model under its own head, fully fine-tuned (BERT with its pooler and classifier);
+    of what is deployed, that model without layers that never run, and this head, as the paper counts: the pooler and
+    the classifier, of BERT-base 592,130, neither run nor need shipping; and bytes (fp32) that a further task stores."""
 
     head: int
     whole: int
@@ -291,12 +299,23 @@ def sizes_of(settings: HeadSettings, model: PreTrainedModel) -> Sizes:
 
 # Files
 
+_SAID_BY_CONFIG_ALONE = (
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "position_embedding_type",
+    "pad_token_id",
+)
+
 
 def backbone_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a head says of the encoder that it belongs to."""
+    """What a head says of the encoder that it belongs to; the hash is of its weights in fp32, and of what in its config
+    changes hidden states."""
+    config = {name: getattr(model.config, name, None) for name in _SAID_BY_CONFIG_ALONE}
+    weights = model_hash(families.encoder(model), torch.float32)
     return {
         "backbone": str(model.name_or_path),
-        "backbone_sha256": model_hash(families.encoder(model), torch.float32),
+        "backbone_sha256": sha256_text(canonical_json([weights, config])),
         "model_type": model.config.model_type,
         "num_layers": model.config.num_hidden_layers,
         "width": model.config.hidden_size,
@@ -308,7 +327,8 @@ def save_head(folder: Path, head: PoolingHead, backbone: dict[str, Any], **more:
     returned."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    save_state(folder / HEAD, {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()})
+    state = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
+    save_state(folder / HEAD, state, {"settings": canonical_json(asdict(head.settings))})
     described = {
         **backbone, "settings": asdict(head.settings), "head_sha256": sha256_file(folder / HEAD), **more,
         "provenance": provenance(),
@@ -335,7 +355,7 @@ def load_head(folder: Path, model: PreTrainedModel, backbone: dict[str, Any] | N
     described = read_description(folder)
     own = backbone or backbone_of(model)
     for name, what in (("model_type", "kind"), ("num_layers", "layers"), ("width", "width"),
-                       ("backbone_sha256", "weights (sha256, fp32)")):  # fmt: skip
+                       ("backbone_sha256", "weights, or config (sha256)")):  # fmt: skip
         theirs, here = described.get(name), own[name]
         if theirs != here:
             if name == "backbone_sha256":
@@ -347,9 +367,14 @@ def load_head(folder: Path, model: PreTrainedModel, backbone: dict[str, Any] | N
     try:
         if sha256_file(folder / HEAD) != described["head_sha256"]:
             raise MsltError(f"{folder / HEAD}: is not the file that {DESCRIPTION} speaks of; train the head again")
-        state = load_file(folder / HEAD)
-    except (OSError, SafetensorError) as error:
+        with safe_open(folder / HEAD, framework="pt") as file:
+            written = (file.metadata() or {}).get("settings")
+        if written != canonical_json(described["settings"]):
+            raise MsltError(f"{folder / HEAD}: is of other settings than {DESCRIPTION} says; train the head again")
+        settings = HeadSettings(**described["settings"])
+        refuse_unfit(settings, model.config.num_hidden_layers)
+        head = PoolingHead(settings)
+        head.load_state_dict(load_file(folder / HEAD))
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise MsltError(f"{folder / HEAD}: cannot be read ({error}); train the head again") from None
-    head = PoolingHead(HeadSettings(**described["settings"]))
-    head.load_state_dict(state)
     return head.to(model.device).eval()

@@ -37,15 +37,15 @@ def system_errors(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), str(error), str(path)) from error
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. OSError where it cannot be written."""
     with system_errors(path):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
-def save_state(path: Path, state: State) -> None:
+def save_state(path: Path, state: State, metadata: dict[str, str] | None = None) -> None:
     with whole_file(path) as temporary:
-        write_tensors(temporary, state)
+        write_tensors(temporary, state, metadata)
 
 
 def load_state(path: Path) -> State:

@@ -35,8 +35,10 @@ def score_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list
 
 
 def _mean(found: dict[str, Any]) -> str:
+    mean = "–" if found["mean"] is None else f"{100 * found['mean']:.1f}"
     spread = "" if found["deviation"] is None else f" ± {100 * found['deviation']:.1f}"
-    return f"{100 * found['mean']:.1f}{spread}"
+    diverged = found["headlines"].count(None)
+    return f"{mean}{spread}{f' ({diverged} diverged)' if diverged else ''}"
 
 
 def _budget(results: Sequence[dict[str, Any]], method: str) -> str:
@@ -63,7 +65,12 @@ def compression_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     means over the tasks on which both were searched; then the paper's."""
     rows = []
     for method in dict.fromkeys(method for result in results for method in result["methods"]):
-        both = [result["methods"] for result in results if {method, "full"} <= result["methods"].keys()]
+        both = [
+            result["methods"]
+            for result in results
+            if {method, "full"} <= result["methods"].keys()
+            and None not in (result["methods"][method]["mean"], result["methods"]["full"]["mean"])
+        ]
         kept = [each[method]["mean"] / each["full"]["mean"] for each in both if each["full"]["mean"] > 0]
         if kept:
             times = [each[method]["sizes"]["ratio"] for each in both]

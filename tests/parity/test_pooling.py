@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from mslt.errors import MsltError
 from mslt.heads.pooling import (
     HeadSettings,
+    PoolingHead,
     backbone_of,
     load_head,
     loss_of,
@@ -143,6 +144,22 @@ def test_a_mix_of_one_layer_is_that_layer_exactly(state: int) -> None:
     assert torch.equal(made.features(h_NLD), h_NLD[:, state])
 
 
+def test_a_mix_finds_the_one_state_that_tells_the_labels() -> None:
+    """At the rate that heads are trained with, in 100 steps."""
+    made = head(kind="mix", adapter_width=0, tokens="first")
+    optimizer = torch.optim.AdamW(made.parameters(), lr=5e-4)
+    mask = torch.ones(64, 1, dtype=torch.bool)
+    for _ in range(100):
+        h_NLD = torch.randn(64, L, D)
+        loss = loss_of(made.settings, made(h_NLD, mask), (h_NLD[:, 3].sum(1) > 0).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights_L = made.layer_weights()
+    assert int(weights_L.argmax()) == 3
+    assert weights_L[3] > 0.5
+
+
 @pytest.mark.parametrize("tokens", ["flatten", "attention", "first", "each"])
 @pytest.mark.parametrize("pooler", ["adapter", "mix"])
 def test_padding_changes_nothing_unless_it_is_kept(pooler: str, tokens: str) -> None:
@@ -160,6 +177,9 @@ def test_padding_changes_nothing_unless_it_is_kept(pooler: str, tokens: str) -> 
         found, kept = ([each[:, :20] for each in both] for both in (found, kept))
         real = inputs["attention_mask"].bool()
         torch.testing.assert_close(found[0][real], found[1][real], rtol=0, atol=1e-5)
+        assert all((each[~real] == -torch.inf).all() for each in found)
+        torch.testing.assert_close(kept[0][real], found[0][real], rtol=0, atol=1e-5)
+        assert all(each.isfinite().all() for each in kept), "padding can be answered with"
         return
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
     if tokens != "first":
@@ -185,11 +205,24 @@ def test_a_state_that_is_left_out_counts_no_more() -> None:
         assert not torch.allclose(made(h_NLD, mask, without=2), made(h_NLD, mask))
 
 
+def test_the_last_state_that_is_left_out_goes_from_beside_the_features_too() -> None:
+    h_NLD = torch.randn(12, L, D)
+    other = h_NLD.clone()
+    other[:, -1] = 100.0
+    for pooler in ("adapter", "unshared", "mix", "mean"):
+        made = head(kind=pooler, tokens="each", skip=True)
+        torch.testing.assert_close(made.features(h_NLD, None, L - 1), made.features(other, None, L - 1))
+        assert torch.equal(made.features(h_NLD, None, 0)[:, -D:], h_NLD[:, -1])
+
+
 def test_rows_longer_than_a_flattening_head_are_refused() -> None:
     h_NLD, mask = torch.randn(42, L, D), torch.ones(2, 21, dtype=torch.bool)
     with pytest.raises(MsltError, match="21 tokens: this head reads 20"):
         head()(h_NLD, mask)
     assert head(tokens="attention")(h_NLD, mask).shape == (2, 2)
+    for tokens in ("flatten", "attention", "first", "each"):
+        with pytest.raises(MsltError, match="21 tokens: this head reads padding"):
+            head(tokens=tokens, pad_states="keep")(h_NLD, mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,6 +249,9 @@ def test_another_encoder_and_damaged_files_are_refused(tmp_path: Path) -> None:
     save_head(tmp_path, new_head(settings(), model, 1), backbone_of(model))
     for other, said in (
         (classifier(seed=1), "a head of another encoder: weights"),
+        (classifier(num_attention_heads=1), "another encoder: weights, or config"),
+        (classifier(hidden_act="relu"), "another encoder: weights, or config"),
+        (classifier(layer_norm_eps=1e-3), "another encoder: weights, or config"),
         (classifier(num_hidden_layers=3), "layers 4 there, 3 here"),
         (classifier(hidden_size=64), "width 32 there, 64 here"),
         (classifier("Roberta"), "kind bert there, roberta here"),
@@ -226,6 +262,19 @@ def test_another_encoder_and_damaged_files_are_refused(tmp_path: Path) -> None:
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         (tmp_path / "head.safetensors").write_bytes(damaged)
         with pytest.raises(MsltError, match="is not the file that"):
+            load_head(tmp_path, model)
+    (tmp_path / "head.safetensors").write_bytes(whole)
+    described = json.loads((tmp_path / "head.json").read_text())
+    for changes in ({"last_state": L - 2}, {"kind": "unshared"}, {"pad_states": "keep"}, {"adapter_width": "3"}):
+        text = json.dumps({**described, "settings": {**described["settings"], **changes}})
+        (tmp_path / "head.json").write_text(text)
+        with pytest.raises(MsltError, match=r"is of other settings than head\.json says"):
+            load_head(tmp_path, model)
+    for made, said in ((head(last_state=7), "hidden states 0:7"), (PoolingHead(settings()), "cannot be read")):
+        if said == "cannot be read":
+            made.output = nn.Linear(1, 1)
+        save_head(tmp_path, made, backbone_of(model))
+        with pytest.raises(MsltError, match=said):
             load_head(tmp_path, model)
     for text in ("{", "[]", "{}"):
         (tmp_path / "head.json").write_text(text)

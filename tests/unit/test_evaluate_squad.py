@@ -316,7 +316,8 @@ def test_the_command_learns_writes_and_scores(bert, eight, tmp_path):
     assert json.loads(tuned.stdout)["tuned_on_dev"] == written["tuned_on_dev"]
     assert "saying no answer always" in run("--score", out / "predictions.json", "--dev", eight, "--subset").stdout
 
-    assert json.loads((out / "model" / "provenance.json").read_text())["settings"] == written["settings"]
+    origin = json.loads((out / "model" / "provenance.json").read_text())
+    assert (origin["task"], origin["settings"]) == ("SQuAD", written["settings"])
     model = AutoModelForQuestionAnswering.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     windows = windows_of(questions(8), tokenizer, Shape(24, 6, 6))

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from mslt.data import keyed
 from mslt.errors import MsltError
 from mslt.evaluate import pool_search
 from mslt.evaluate.pool_search import ADAPTER_WIDTHS, BATCH_SIZES
+from mslt.files import lock_alone
+from mslt.heads.pooling import new_head
 from mslt.report import paper
 from mslt.report.pooling import compression_rows, score_table, size_rows
 from tests.encoders import write_encoder
 from tests.glue_files import write_glue
 from tests.squad_files import questions, write_squad
-from tests.unit.test_pool_commands import command, printed
+from tests.unit.test_pool_commands import command, flip_first_label, printed, with_nan
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,75 @@ def test_what_a_killed_process_leaves_stops_no_search(
 
 def _without_time(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "train_s"}
+
+
+def test_an_encoder_that_has_learnt_the_rows_is_told(encoder: Path, glue: list[str], tmp_path: Path) -> None:
+    tuned = shutil.copytree(encoder, tmp_path / "tuned")
+    (tuned / "provenance.json").write_text('{"task": "SST-2"}')
+    search = ["search", tuned, "--out", tmp_path / "out", "--trials", "1", "--seeds", "1", *glue]
+    for more in ([], ["--full-from", tuned]):
+        with pytest.raises(MsltError, match=r"was fine-tuned on SST-2 already.*--full-from"):
+            command(*search, "--task", "SST-2", "--method", "full", *more)
+    assert not (tmp_path / "out").exists()
+    (found,) = printed(*search, "--task", "SST-2", "--method", "probe", "--full-from", encoder)
+    assert "chosen by scores that are too good" in found["warnings"][0]
+    (other,) = printed(*search, "--task", "RTE", "--method", "probe")
+    assert other["warnings"] == []
+    (tuned / "provenance.json").write_text("[")
+    with pytest.raises(MsltError, match=r"provenance\.json: cannot be read"):
+        command(*search, "--task", "SST-2", "--method", "probe")
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_search_goes_on_with_the_same_labels_alone(
+    split: str, searched: tuple[Path, Any], encoder: Path, glue: list[str], tmp_path: Path
+) -> None:
+    data = shutil.copytree(glue[1], tmp_path / "glue")
+    flip_first_label(data / "SST-2" / f"{split}.tsv")
+    folder = shutil.copytree(searched[0] / "out", tmp_path / "out")
+    with pytest.raises(MsltError, match=r"of other settings \(data_sha256"):
+        command("search", encoder, "--task", "SST-2", "--out", folder, "--method", "probe", *BUDGET, "--data-dir", data,
+                *glue[2:])  # fmt: skip
+    with lock_alone(folder / "SST-2" / ".lock", None), pytest.raises(MsltError, match="another process searches there"):
+        command("search", encoder, "--task", "SST-2", "--out", folder, "--method", "probe", *BUDGET, *glue)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("search.json", "{"), ("search.json", "[]"), ("results.json", "{"), ("results.json", '{"num_trials": 3}'),
+        ("finals/probe-0.json", "{"), ("finals/probe-0.json", "{}"), ("probe.journal", "{\n"),
+        ("probe.journal", "{}\n"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_search_is_named(
+    name: str, text: str, searched: tuple[Path, Any], encoder: Path, glue: list[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(searched[0] / "out", tmp_path / "out")
+    (folder / "SST-2" / name).write_text(text)
+    with pytest.raises(MsltError, match=rf"{name}: is damaged .*(remove it|move .* away)"):
+        command("search", encoder, "--task", "SST-2", "--out", folder, "--method", "probe", *BUDGET, *glue)
+
+
+def test_a_seed_that_diverges_is_counted(
+    encoder: Path, glue: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where all do, the search ends, too."""
+    seeds = [keyed.torch_seed(0, "final", index) % 2**31 for index in range(2)]
+    search = ["search", encoder, "--task", "SST-2", "--method", "probe", "--trials", "1", "--seeds", "2", *glue]
+    for num_lost in (1, 2):
+        monkeypatch.setattr(
+            pool_search, "new_head", lambda settings, model, seed, lost=seeds[:num_lost]: with_nan(
+                new_head(settings, model, seed), seed in lost))  # fmt: skip
+        results = printed(*search, "--out", tmp_path / str(num_lost))
+        found = results[0]["methods"]["probe"]
+        assert found["headlines"].count(None) == found["scores"].count(None) == num_lost
+        assert (found["mean"], found["deviation"]) == (found["headlines"][1], None)
+        assert score_table(results)[1][0][1].endswith(f"({num_lost} diverged)")
+        heads = [folder.name for folder in (tmp_path / str(num_lost) / "SST-2").glob("heads/*")]
+        assert heads == ["probe-1"][: 2 - num_lost]
+    full = {"mean": 0.9, "sizes": found["sizes"]}
+    assert compression_rows([{**results[0], "methods": {"probe": found, "full": full}}])[0][0] == "full"
 
 
 def test_poor_trials_are_pruned(

@@ -1,6 +1,8 @@
 """Heads trained on a frozen encoder, on the fly and from a cache: A2, A3 and A8 of the specification."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from mslt.evaluate.pool import (
 from mslt.evaluate.pool_cache import StatesCache, cache_bytes, make_cache, refuse_too_large
 from mslt.evaluate.pool_data import PoolTask, SquadFiles, glue_task, rows_digest, split_off, squad_task
 from mslt.evaluate.squad import Shape
+from mslt.files import lock_alone
 from mslt.heads.pooling import PoolingHead, new_head
 from mslt.models import families
 from tests.encoders import write_encoder
@@ -96,7 +99,8 @@ def test_training_leaves_the_encoder_as_it_was_to_the_bit(name: str, backbone: B
     assert same(before, state(backbone.model))
     assert all(p.grad is None and not p.requires_grad for p in backbone.model.parameters())
     assert not any(torch.equal(first[key], tensor) for key, tensor in made.state_dict().items())
-    (scores,), _ = score_heads(whole, task, collate, "fp32")
+    (scores,) = score_heads(whole, task, collate, "fp32")
+    assert scores is not None
     assert 0 <= task.headline(scores) <= 1 or name == "STS-B"
 
 
@@ -146,7 +150,9 @@ def test_layers_above_the_last_state_never_run(backbone: Backbone, glue: Path) -
     whole = Pooled(backbone.model, [head(backbone, task, states=(1, 2))])
     logits_of(whole, range(8), task.train, on_the_fly(task.train, collate), "fp32")
     assert ran == [0, 1]
-    assert speedup_of_layers(backbone.model, collate, 1) > 1
+    ran.clear()
+    assert speedup_of_layers(backbone.model, collate, 1, num_turns=1) > 0
+    assert ran == [0, 0, 1, 2] * 2, "a warm-up and a turn: one layer, then all three"
 
 
 @pytest.mark.parametrize("name", ["SST-2", "SQuAD"])
@@ -209,11 +215,20 @@ def test_a_killed_cache_goes_on_and_serves_fewer_layers(
     described = json.loads((tmp_path / "cache.json").read_text())
     assert len(described["files"]) == 2
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    fewer = made_cache(tmp_path, backbone, task, states=range(1, 3))  # goes on with all that it began with
+    assert {file: file.stat().st_mtime_ns for file in written} == written
     cache = made_cache(tmp_path, backbone, task)
     assert len(cache.files) > 2
-    assert {file: file.stat().st_mtime_ns for file in written} == written
-    fewer = made_cache(tmp_path, backbone, task, states=range(1, 3))
-    assert torch.equal(fewer.read([5, 0], range(1, 3)), cache.read([5, 0], range(4))[:, 1:3])
+    whole = made_cache(tmp_path / "whole", backbone, task)
+    everything = whole.read(range(96), range(4))
+    assert torch.equal(cache.read(range(96), range(4)), everything)
+    assert torch.equal(fewer.read(range(96), range(1, 3)), everything[:, 1:3])
+    num_bytes = cache_bytes(sum(len(each.ids) for each in task.train), 4, 32, "bf16")
+    with pytest.raises(MsltError, match=f"{num_bytes:,} bytes"):
+        made_cache(tmp_path, backbone, task, states=range(1, 3), max_gb=(num_bytes - 1) / 1e9)
+    monkeypatch.setattr(pool_cache, "FILE_BYTES", 50_000)
+    with pytest.raises(MsltError, match=r"states-00000.*holds rows \[0, "):
+        made_cache(tmp_path, backbone, task)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
@@ -241,9 +256,17 @@ def test_another_cache_is_refused(backbone: Backbone, glue: Path, tmp_path: Path
     ):
         with pytest.raises(MsltError, match=f"{said}.*give another --cache"):
             made_cache(tmp_path, backbone, other, **{"states": range(1, 3), **changes})
-    (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(MsltError, match="cannot be read; remove"):
-        made_cache(tmp_path, backbone, task)
+    whole = (tmp_path / "cache.json").read_text()
+    for damaged in ("{", re.sub(r'"states": \[[^]]*\]', '"states": ["a", "b"]', whole)):
+        (tmp_path / "cache.json").write_text(damaged)
+        with pytest.raises(MsltError, match="cannot be read; remove"):
+            made_cache(tmp_path, backbone, task)
+    (tmp_path / "cache.json").write_text(re.sub(r'"bytes": \d+', '"bytes": "many"', whole))
+    with pytest.raises(MsltError, match="is not what was written"):
+        made_cache(tmp_path, backbone, task, states=range(1, 3))
+    (tmp_path / "cache.json").write_text(whole)
+    with lock_alone(tmp_path / ".lock", None), pytest.raises(MsltError, match="another process writes this cache"):
+        made_cache(tmp_path, backbone, task, states=range(1, 3))
 
 
 def test_a_cache_over_the_limit_is_refused_with_its_size(backbone: Backbone, glue: Path, tmp_path: Path) -> None:
@@ -270,6 +293,11 @@ def test_rows_are_cut_as_glue_cuts_them_and_digests_tell_them_apart(backbone: Ba
     assert set(task.train[0].types.tolist()) == {0, 1}
     assert rows_digest(task.train) != rows_digest(task.train[::-1])
     assert isinstance(row, Row)
+    made, other = questions(8), questions(8)
+    other[0] = replace(other[0], answers=())
+    tasks = [squad_task(SquadFiles(made, dev), backbone.tokenizer, Shape(32, 4, 10)) for dev in (made, other)]
+    assert tasks[0].digest("dev") != tasks[1].digest("dev")
+    assert tasks[0].digest("train") == tasks[1].digest("train")
 
 
 def test_importance_is_what_the_score_loses_without_a_state(backbone: Backbone, glue: Path) -> None:
@@ -291,19 +319,46 @@ def test_heads_of_several_tasks_answer_in_one_pass(backbone: Backbone, glue: Pat
     for index, layer in enumerate(families.layers(backbone.model)):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     opened = []
-    for name in ("SST-2", "STS-B", "RTE"):
+    for name in ("STS-B", "RTE"):
         task = task_of(name, backbone, glue)
         described = {"task": name, "labels": list(task.labels), "max_tokens": task.num_tokens}
         opened.append(OpenedHead(Path(name), head(backbone, task, states=(0, 2)), described))
     found = answers_on(backbone, opened, "the film was good .", "the book was bad .")
     assert ran == [0, 1]
-    assert [each["task"] for each in found] == ["SST-2", "STS-B", "RTE"]
-    assert found[2]["answer"] in ("entailment", "not_entailment")
-    assert found[1]["shares"] == {}
-    assert float(found[1]["answer"]) == pytest.approx(0, abs=5)
+    assert [each["task"] for each in found] == ["STS-B", "RTE"]
+    assert found[1]["answer"] in ("entailment", "not_entailment")
+    assert found[0]["shares"] == {}
+    assert float(found[0]["answer"]) == pytest.approx(0, abs=5)
     spans = OpenedHead(Path("spans"), head(backbone, task_of("SQuAD", backbone, glue)), {"max_tokens": 32})
     with pytest.raises(MsltError, match="spans: finds answers of questions"):
         answers_on(backbone, [spans], "a")
+
+
+def test_a_text_that_a_head_cannot_read_is_refused(backbone: Backbone, glue: Path) -> None:
+    """Heads of 24 and of 16 tokens agree on a row that both read whole, and of a longer one nothing is cut."""
+    task = task_of("SST-2", backbone, glue)
+
+    def opened(num_tokens: int, **changes: Any) -> OpenedHead:
+        described = {"task": "SST-2", "labels": ["0", "1"], "max_tokens": num_tokens}
+        return OpenedHead(Path(f"of-{num_tokens}"), head(backbone, replace(task, num_tokens=num_tokens), **changes),
+                          described)  # fmt: skip
+
+    both = [opened(24), opened(16)]
+    text, long = "the film was good .", "the film was good . " * 4
+    for alone, together in zip(both, answers_on(backbone, both, text), strict=True):
+        assert answers_on(backbone, [alone], text)[0]["shares"] == pytest.approx(together["shares"])
+    with pytest.raises(MsltError, match="--text: is 22 tokens, and of-16 takes 16"):
+        answers_on(backbone, both, long)
+    assert answers_on(backbone, both[1:], long)[0]["answer"] in ("0", "1"), "cut, as its rows were"
+    kept = [opened(24, pad_states="keep"), opened(16, pad_states="keep")]
+    assert answers_on(backbone, kept[1:], text)
+    with pytest.raises(MsltError, match="of rows of 16 and of 24 tokens"):
+        answers_on(backbone, kept, text)
+    with pytest.raises(MsltError, match="SST-2 has one sentence"):
+        answers_on(backbone, both, text, text)
+    pairs = OpenedHead(Path("rte"), head(backbone, task_of("RTE", backbone, glue)), {"task": "RTE", "max_tokens": 24})
+    with pytest.raises(MsltError, match="RTE has two sentences"):
+        answers_on(backbone, [pairs], text)
 
 
 def test_a_head_for_spans_learns(backbone: Backbone, glue: Path) -> None:
@@ -344,6 +399,6 @@ def test_layers_shares_and_epochs() -> None:
     less, more = rows_of_epochs(50, 0.1, 0)[0], rows_of_epochs(50, 0.3, 0)[0]
     assert (len(less), len(more)) == (5, 15)
     assert set(less) <= set(more)
-    for wrong in (0, -1, 1.5):
+    for wrong in (0, -1, 1.5, float("nan"), float("inf")):
         with pytest.raises(MsltError, match="--backbone-epochs"):
             rows_of_epochs(50, wrong, 0)
