@@ -3,7 +3,8 @@ record.
 
 python -m benchmarks.probing CKPT --data-dir PROBING --task BigramShift --turns 5 --record FILE
 
-Sentences go through the plain model of transformers, and through it once with every hidden state pooled and written;
+Sentences go through the plain model of transformers, of whose last hidden state the first token is kept, and through it
+once with every hidden state pooled and written;
 both tokenize, in the same batches, in alternate turns. Then a search (four strengths of L2) of every hidden state: all
 at once; one hidden state at a time by the same code; and one probe at a time in a loop like SentEval's own (a module,
 torch's Adam, early stop), which is not asked to train the best once more, as SentEval does.
@@ -51,6 +52,7 @@ def main() -> None:
     device = open_device(arguments.device)
     source, _ = locate(arguments.checkpoint)
     model, _ = open_model(source, AutoModel)
+    model.pooler = None  # hidden states are asked for alone, from either way
     model.to(device)
     rows = read_rows(arguments.data_dir / TASKS[arguments.task].file, arguments.max_train_rows)
     training = replace(ProbeTraining(TASKS[arguments.task].num_hidden), max_epochs=arguments.max_epochs)
@@ -123,7 +125,7 @@ def plain(
         given = tokenizer(
             chosen, truncation=True, max_length=arguments.max_tokens, padding="longest", return_tensors="pt"
         )
-        model(**{name: tensor.to(model.device) for name, tensor in given.items()}).last_hidden_state.cpu()
+        model(**{name: tensor.to(model.device) for name, tensor in given.items()}).last_hidden_state[:, 0].cpu()
 
 
 def probe_times(

@@ -32,7 +32,7 @@ KINDS = {
 }
 
 
-def write_encoder(folder: Path, kind: str = "bert", seed: int = 0, **shape: int) -> Path:
+def write_encoder(folder: Path, kind: str = "bert", seed: int = 0, **shape: int | str) -> Path:
     """A pretraining checkpoint of the kind in KINDS, with its tokenizer."""
     config_class, model_class = KINDS[kind]
     torch.manual_seed(seed)

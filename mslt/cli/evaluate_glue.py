@@ -136,7 +136,7 @@ def glue(
     located, origin = locate(checkpoint)
     objective, kind = None, ""
     if multi_objective or extra_layer:
-        objective = MultiObjective("copy" if extra_layer else None, mlm_head)
+        objective = MultiObjective(extra_layer, mlm_head)
         kind = "-extra-layer" if extra_layer else "-multi-objective"
     folder = out or evaluation_folder(located) / f"glue-{preset}{kind}"
     protocol = PRESETS[preset]

@@ -36,7 +36,9 @@ Kind = Annotated[
 ]
 Raw = Annotated[
     bool,
-    typer.Option("--raw", help="Read features as they are, as SentEval does, instead of at mean 0 and deviation 1."),
+    typer.Option(
+        "--raw", help="Features as they are, as SentEval has them. Default: standardized (mean 0, deviation 1)."
+    ),
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=4, help="Of a sentence.", show_default="128")]
 Device = Annotated[str | None, typer.Option(help="Like cpu or cuda:1.", show_default=False)]
@@ -53,7 +55,12 @@ def senteval(
     pooling: Pool = "cls",
     classifier: Kind = "mlp",
     raw: Raw = False,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of the probes, with other beginnings and orders.")] = 3,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the probes, with other beginnings and orders; logistic has neither.", show_default="3"
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     max_train_rows: Annotated[
         int | None, typer.Option(min=2, help="Train on so many rows.", show_default=False)
@@ -63,32 +70,34 @@ def senteval(
     keep_features: Annotated[
         bool, typer.Option("--keep-features", help="Leave the sentences' vectors on disk, for other classifiers.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the probes and the control's labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the probes and the control's labels.")] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Train a probe on every hidden state at once, for each of SentEval's tasks, and print their accuracy, the control
-    task's beside it. Writes a file for each task, a heat map (PNG and CSV), and goes on after a stop."""
+    """Train a probe on every hidden state at once, for each of SentEval's tasks, and print their accuracy, that on
+    shuffled labels beside it. Writes a file for each task, a heat map of them (PNG, CSV), and goes on after a stop."""
     from mslt.cli.progress import counted_parts
     from mslt.evaluate.device import open_device
-    from mslt.evaluate.probe_tasks import TASKS, present_tasks
-    from mslt.evaluate.senteval import Settings, checkpoints_of, probe_checkpoint
+    from mslt.evaluate.probe_tasks import TASKS, present_tasks, read_rows
+    from mslt.evaluate.senteval import REPETITIONS, Settings, checkpoints_of, plan_checkpoint, probe_checkpoint
 
     for name in task or ():
         refuse_unknown("--task", name, TASKS)
+    if classifier == "logistic" and (repetitions or 1) > 1:
+        raise MsltError(f"--repetitions {repetitions}: all would be the same with --classifier logistic; leave it out")
     tasks = list(dict.fromkeys(task)) if task else present_tasks(data_dir)
-    settings = Settings(pooling, classifier, not raw, repetitions, max_tokens, max_train_rows, seed)
+    settings = Settings(pooling, classifier, not raw, repetitions or REPETITIONS, max_tokens, max_train_rows, seed)
     _quiet()
     on = open_device(device)
     found: dict[str, list[dict[str, Any]]] = {}
-    for checkpoint in checkpoints_of(checkpoints, stages):
-        folder = checkpoint.folder(settings.name, out)
+    named = checkpoints_of(checkpoints, stages)
+    data = {name: read_rows(data_dir / TASKS[name].file, max_train_rows) for name in tasks}
+    all_planned = [plan_checkpoint(each, data, settings, each.folder(settings.name, out)) for each in named]
+    for planned in all_planned:  # after all were looked at
         with counted_parts() as progress:
-            results = probe_checkpoint(
-                checkpoint, tasks, data_dir, settings, folder, on, progress, keep_features
-            )  # fmt: skip
-        found[checkpoint.name] = results
-        _finish_checkpoint(checkpoint, settings.name, folder, results, as_json)
+            results = probe_checkpoint(planned, data, on, progress, keep_features)
+        found[planned.checkpoint.name] = results
+        _finish_checkpoint(planned.checkpoint, settings.protocol, planned.folder, results, as_json)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
 
@@ -96,8 +105,8 @@ def senteval(
 def _finish_checkpoint(
     checkpoint: "Checkpoint", title: str, folder: Path, results: list[dict[str, Any]], as_json: bool
 ) -> None:
-    """Print the table, and draw all that lies in the folder."""
-    from mslt.report.probing import accuracy_map, best_layer, columns, read_results
+    """Print the table, and draw it."""
+    from mslt.report.probing import accuracy_map, best_layer, columns
 
     if not as_json:
         depth = max(len(result["accuracy"]) for result in results)
@@ -110,14 +119,16 @@ def _finish_checkpoint(
             rows.append(
                 ["  control", f"±{(high - low) / 2:.1f}*", *(f"{100 * share:.1f}" for share in result["control"])]
             )
+            rows.append(["  selectivity", "", *(f"{100 * share:.1f}" for share in result["selectivity"])])
         header = ["task", "commonest", *columns(depth)]
         print_table(header, rows, width=46 + 8 * depth, title=f"{checkpoint.name}: {title}, %, by hidden state")
         typer.echo("* the best, and half of its 95 % interval; commonest: always the commonest label; control: the "
-                   "same probe on shuffled labels")  # fmt: skip
+                   "same probe on shuffled labels; selectivity: accuracy minus the control's")  # fmt: skip
         cut = sum(result["num_cut"] for result in results)
         if cut:
             typer.echo(f"{cut:,} sentences were cut to {results[0]['settings']['max_tokens']} tokens")
-    _write([accuracy_map(f"{checkpoint.name}: {title}, %", read_results(folder, "this"))], folder, "heatmap", as_json)
+    by_task = {result["task"]: result for result in results}
+    _draw(accuracy_map(f"{checkpoint.name}: {title}, %", by_task), folder, as_json)
 
 
 @app.command("mlm")
@@ -139,7 +150,7 @@ def mlm(
     ] = "random",
     stages: Stages = False,
     out: Out = None,
-    seed: Annotated[int, typer.Option(help="Of the heads, of what is hidden and held out.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the heads, of what is hidden and held out.")] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -147,27 +158,33 @@ def mlm(
     input word back from held-out text in which nothing is. Writes a file for each --dropout, a heat map (PNG, CSV)."""
     from mslt.cli.progress import counted_parts
     from mslt.evaluate.device import open_device
-    from mslt.evaluate.mlm_probe import FOLDER, Settings, probe_mlm
+    from mslt.evaluate.mlm_probe import FOLDER, Settings, plan_mlm, probe_mlm
     from mslt.evaluate.passages import read_passages
     from mslt.evaluate.senteval import checkpoints_of
-    from mslt.report.probing import accuracy_map, columns, read_results
+    from mslt.report.probing import accuracy_map, columns
 
     for each in dropout or ():
         if not 0 <= each <= 1:
             raise MsltError(f"--dropout {each}: is a probability; give 0 to 1")
+    if not 0 < learning_rate < 1:
+        raise MsltError(f"--learning-rate {learning_rate}: must be above 0 and below 1, like 1e-3")
     _quiet()
     passages, on = read_passages(text), open_device(device)
     found: dict[str, list[dict[str, Any]]] = {}
-    for checkpoint in checkpoints_of(checkpoints, stages):
-        folder = checkpoint.folder(FOLDER, out)
-        results = []
-        for ratio in dict.fromkeys(dropout or [0.3]):
-            settings = Settings(
-                ratio, steps, batch_size, max_tokens, learning_rate, head=mlm_head, seed=seed
-            )  # fmt: skip
+    all_settings = [
+        Settings(ratio, steps, batch_size, max_tokens, learning_rate, head=mlm_head, seed=seed)
+        for ratio in dict.fromkeys(dropout or [0.3])
+    ]
+    all_planned = [
+        (each, [plan_mlm(each.source, passages, settings, each.folder(FOLDER, out)) for settings in all_settings])
+        for each in checkpoints_of(checkpoints, stages)
+    ]
+    for checkpoint, of_checkpoint in all_planned:  # after all were looked at
+        folder, results = checkpoint.folder(FOLDER, out), []
+        for planned in of_checkpoint:
             with counted_parts() as progress:
-                tell = partial(progress, f"{checkpoint.name}, dropout {ratio:g}: steps")
-                results.append(probe_mlm(checkpoint.source, passages, settings, folder, on, tell))
+                tell = partial(progress, f"{checkpoint.name}, dropout {planned.settings.dropout:g}: steps")
+                results.append(probe_mlm(planned, on, tell))
         found[checkpoint.name] = results
         title = f"{checkpoint.name}: input words read back, %"
         if not as_json:
@@ -177,7 +194,7 @@ def mlm(
             typer.echo(f"{results[0]['tokens']:,} held-out tokens, of which the commonest is "
                        f"{results[0]['majority']:.1%}; {results[0]['trainable_per_layer']:,} trained parameters a "
                        "layer")  # fmt: skip
-        _write([accuracy_map(title, read_results(folder, "this"))], folder, "heatmap", as_json)
+        _draw(accuracy_map(title, {each["task"]: each for each in results}), folder, as_json)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
 
@@ -185,16 +202,22 @@ def mlm(
 @app.command("make")
 def make(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK…", help="SentLen, WordContent, BigramShift.")],
-    text: Annotated[list[Path], typer.Option(help="A text file of any language, or SQuAD's JSON; several times.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="A text file of a language with spaces between its words, or Chinese or Japanese; or SQuAD's JSON; "
+            "several times."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write SentEval's files into.")],
     one_per_line: Annotated[
-        bool, typer.Option("--one-per-line", help="Each line is a sentence; else they are found.")
+        bool, typer.Option("--one-per-line", help="Each line is a sentence; else they are found as in English.")
     ] = False,
     rows: Annotated[int, typer.Option(min=24, help="Of a task at most; 10 of 12 to train on.")] = 12_000,
     words: Annotated[int, typer.Option(min=2, help="Of WordContent: how many are told apart.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of which sentences are taken, and how.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of which sentences are taken, and how.")] = 0,
 ) -> None:
-    """Make probing tasks that need no parser from any text: how long a sentence is, which of some words it holds,
+    """Make probing tasks that need no parser from text: how long a sentence is, which of some words it holds,
     whether two of its words changed places."""
     from data_prep.sentences import split_sentences
     from mslt.evaluate.passages import read_passages
@@ -251,6 +274,7 @@ def compare(
 ) -> None:
     """What the other checkpoints know more than the first, task by task and layer by layer, as after and before a
     fine-tuning (Figures 1 and 4); or all of them side by side (Figure 2), as the stages of runs."""
+    from mslt.evaluate.opening import digest
     from mslt.evaluate.senteval import Settings, checkpoints_of
     from mslt.report import probing
 
@@ -258,7 +282,12 @@ def compare(
         raise MsltError(f"--picture {picture}: is a folder; name the file to write")
     kind = "mlm" if probe == "mlm" else Settings(pooling, classifier, not raw).name
     found = [
-        (each.name, probing.read_results(each.folder(kind, results), f"`mslt probe {probe}` on {each.source}"))
+        (
+            each.name,
+            probing.read_results(
+                each.folder(kind, results), f"`mslt probe {probe}` on {each.source}", digest(each.source)
+            ),
+        )
         for each in checkpoints_of(checkpoints, stages)
     ]
     if stages or side_by_side:
@@ -315,6 +344,14 @@ def tables(
         ]
         print_table(["", *table.columns], rows, title=f"{table.title}, validation, %")
     typer.echo(f"{VERDICT} Layers count from 0. Ours: means over seeds of the best setting.")
+
+
+def _draw(heat_map: "HeatMap", folder: Path, as_json: bool) -> None:
+    """Beside the results, where another process may end at the same time."""
+    from mslt.files import lock_alone
+
+    with lock_alone(folder.parent / ".heatmap.lock", None):
+        _write([heat_map], folder, "heatmap", as_json)
 
 
 def _write(maps: "list[HeatMap]", folder: Path, stem: str, as_json: bool, diverging: bool = False) -> None:

@@ -68,22 +68,24 @@ class Windows:
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], settings: Settings) -> Windows:
     """Passages one after the other, each in windows of its own; a share of the passages is held out. MsltError where
-    they are too few to part."""
+    they are too few to part, or hold no known word."""
     if not tokenizer.is_fast:
         raise MsltError(f"{tokenizer.name_or_path}: its tokenizer cuts no windows (it has no tokenizer.json); save it "
                         "as a fast one")  # fmt: skip
     is_heldout = keyed.uniform(settings.seed, "heldout_passage", np.arange(len(passages))) < settings.heldout_share
+    special = set(tokenizer.all_special_ids)  # and so what no entry stands for
     parts: dict[bool, list[list[int]]] = {}
     for which in (False, True):
         texts = [text for text, held in zip(passages, is_heldout.tolist(), strict=True) if held == which]
         cut = tokenizer(
             texts, truncation=True, max_length=settings.max_tokens, return_overflowing_tokens=True
         )["input_ids"] if texts else []  # fmt: skip
-        parts[which] = [ids for ids in cut if len(ids) > tokenizer.num_special_tokens_to_add()]
+        parts[which] = [ids for ids in cut if not special.issuperset(ids)]
     if not all(parts.values()):
-        raise MsltError(f"--text: {len(passages)} passages are too few to train on some and hold out others; give more")
+        raise MsltError(f"--text: {len(passages)} passages are too few to train on some and hold out others, or hold "
+                        "no word that the tokenizer knows; give more")  # fmt: skip
     is_special_V = np.zeros(max(len(tokenizer), max(map(max, parts[False])) + 1), bool)
-    is_special_V[tokenizer.all_special_ids] = True
+    is_special_V[list(special)] = True
     return Windows(parts[False], parts[True], is_special_V, tokenizer.pad_token_id)
 
 
@@ -201,24 +203,32 @@ def heads_for(model: PreTrainedModel, source: str, settings: Settings) -> nn.Mod
 
 
 def pretrained_head(source: str) -> dict[str, torch.Tensor]:
-    """The weights of its MLM head, as MlmHead's. MsltError where it has none."""
+    """The weights of its MLM head, as MlmHead's. MsltError where it has none, or one not tied to the word
+    embeddings."""
     masked, missing = open_model(source, AutoModelForMaskedLM)
     if missing:
         raise MsltError(f"{source}: has no MLM head ({', '.join(missing[:3])} missing); take a checkpoint that was "
                         "saved with it, or let one be drawn: --mlm-head random")  # fmt: skip
+    if not torch.equal(masked.get_output_embeddings().weight, families.words_of(masked).weight):
+        raise MsltError(f"{source}: its MLM head has words of its own, not the word embeddings; let a head be drawn: "
+                        "--mlm-head random")  # fmt: skip
     return {name: weight.detach() for name, weight in families.mlm_head_weights(masked).items()}
 
 
-def probe_mlm(
-    source: str,
-    passages: Sequence[str],
-    settings: Settings,
-    folder: Path,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Train the heads and ask them; the result, which lies in `folder`, too, and is not made again. MsltError for what
-    does not fit, before anything is trained."""
+@dataclass(frozen=True)
+class Planned:
+    """Either there is a `result`, or `windows` to make it from, which is then to lie at `path`."""
+
+    source: str
+    settings: Settings
+    path: Path
+    described: dict[str, Any]
+    windows: Windows | None
+    result: dict[str, Any] | None
+
+
+def plan_mlm(source: str, passages: Sequence[str], settings: Settings, folder: Path) -> Planned:
+    """What lies in `folder` already is not made again. MsltError for what does not fit."""
     config = open_config(source)
     tokenizer = open_fitting_tokenizer(config, source)
     refuse_over_positions(config, source, settings.max_tokens, "--max-tokens")
@@ -226,20 +236,26 @@ def probe_mlm(
         raise MsltError(f"--dropout {settings.dropout}: is a probability; give 0 to 1")
     described = {"checkpoint": digest(source), "tokenizer": tokenizer_digest(tokenizer),
                  "text": sha256_text(canonical_json(list(passages))), **asdict(settings)}  # fmt: skip
-    task = f"dropout {settings.dropout:g}"
     path = folder / f"dropout={settings.dropout:g}.json"
     before = finished(path, described)
-    if before is not None:
-        return before
-    windows = cut_windows(tokenizer, passages, settings)
+    windows = cut_windows(tokenizer, passages, settings) if before is None else None
+    return Planned(source, settings, path, described, windows, before)
+
+
+def probe_mlm(planned: Planned, device: torch.device, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Train the heads and ask them. MsltError for a checkpoint without layers, or without the head to begin from."""
+    if planned.windows is None:
+        assert planned.result is not None
+        return planned.result
+    source, settings, windows = planned.source, planned.settings, planned.windows
     model = open_frozen(source, device)
     heads = heads_for(model, source, settings)
     train_heads(model, heads, windows, settings, progress)
     accuracy, count = head_accuracies(model, heads, windows, settings.batch_size)
     result = {
-        "settings": described,
+        "settings": planned.described,
         "checkpoint": source,
-        "task": task,
+        "task": f"dropout {settings.dropout:g}",
         "accuracy": accuracy,
         "majority": _commonest_share(windows),
         "tokens": count,
@@ -247,8 +263,8 @@ def probe_mlm(
         "trainable_per_layer": num_parameters(heads[0]),
         "provenance": provenance(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    planned.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(planned.path, result)
     return result
 
 

@@ -7,7 +7,6 @@ B batch, T tokens, D width, M hidden tokens, V vocabulary.
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -25,10 +24,10 @@ from mslt.models.loss import head_sums
 @dataclass(frozen=True)
 class MultiObjective:
     """`mlm_share` is the probability of a sample to go to the words, `mlm_weight` that of their loss (λ). What the
-    paper does not give has our defaults; `dropout` and `chosen_share` are those of its probe. `extra_layer` is a copy
-    of the last one, or drawn."""
+    paper does not give has our defaults; `dropout` and `chosen_share` are those of its probe. `extra_layer` begins
+    as a copy of the last."""
 
-    extra_layer: Literal["copy", "random"] | None = None
+    extra_layer: bool = False
     head: HeadInit = "pretrained"
     mlm_share: float = 0.5
     mlm_weight: float = 1.0
@@ -109,9 +108,5 @@ def multi_objective_model(
         head.load_state_dict(pretrained_head(source))
     is_special_V = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     is_special_V[tokenizer.all_special_ids] = True
-    extra = None
-    if settings.extra_layer is not None:
-        extra = families.copy_of_top(model)
-        if settings.extra_layer == "random":
-            extra.apply(model._init_weights)
+    extra = families.copy_of_top(model) if settings.extra_layer else None
     return MultiObjectiveModel(model, head, extra, is_special_V, settings).to(model.device)

@@ -51,24 +51,26 @@ def write_features(
     [CLS] differs by in low layers is not rounded away. Returns how many texts were cut to `max_tokens`. MsltError where
     the disk has no room for it, and for what fp16 does not hold."""
     shape = (len(texts) + 1, model.config.num_hidden_layers + 1, model.config.hidden_size)
-    refuse_full_disk(path, 2 * int(np.prod(shape)))
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # like lengths share a batch
     num_cut, base_LD = 0, None
     with whole_file(path) as temporary:
+        for old in (path, temporary):  # what a killed process left takes no room from this
+            old.unlink(missing_ok=True)
+        refuse_full_disk(path, 2 * int(np.prod(shape)))
         file = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for first in range(0, len(texts), BATCH_SIZE):
             indices = order[first : first + BATCH_SIZE]
             given = tokenizer(
                 [texts[index] for index in indices], truncation=True, max_length=max_tokens, padding="longest",
-                return_tensors="pt",
+                padding_side="right", return_tensors="pt",
             )  # fmt: skip
             batch = {name: tensor.to(model.device) for name, tensor in given.items()}
             pooled_BLD = pooled_hidden(model, batch, pooling).cpu()
             if base_LD is None:
-                base_LD = pooled_BLD[0].half()
-                file[-1] = base_LD.numpy()
-            features_BLD = (pooled_BLD - base_LD.float()).half()
-            if not features_BLD.isfinite().all() or not base_LD.isfinite().all():
+                base_LD = pooled_BLD[0]
+                file[-1] = base_LD.half().numpy()  # its rounding is alike for all rows: no difference is touched
+            features_BLD = (pooled_BLD - base_LD).half()
+            if not features_BLD.isfinite().all() or not base_LD.half().isfinite().all():
                 raise MsltError(f"{model.name_or_path}: its hidden states are not finite in fp16 (65,504 is the most); "
                                 "its weights are damaged, or training diverged")  # fmt: skip
             file[indices] = features_BLD.numpy()

@@ -1,12 +1,14 @@
 """Probing tasks that need no parser, made from any sentences (after Conneau et al. 2018, arXiv:1805.01070, section 3):
 how long a sentence is, which of some words it holds, whether two of its words changed places.
 
-Words are what stands between spaces, with punctuation apart; of Chinese and Japanese each character. Labels are
-balanced, a sentence stands in one row alone, and of each label's rows 10 of 12 are for training, one each for dev and
-test, as in SentEval's own files.
+Words are what stands between spaces, with punctuation apart; of Chinese and Japanese each character. For languages
+that write neither, like Thai, these are no tasks. Labels are balanced, a sentence stands in one row alone, and of each
+label's rows 10 of 12 are for training, one each for dev and test, as in SentEval's own files.
 """
 
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,11 +21,21 @@ Row = tuple[str, str, str]  # split, label, text
 BINS = ((5, 8), (9, 12), (13, 16), (17, 20), (21, 25), (26, 28))  # of words, ends included; the label is the number
 NUM_WORDS = 100
 LEAST_ROWS = 12  # of a label: one each for dev and test
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+|[^\w\s]")
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+# Vowels of Hindi, points of Hebrew and Arabic, accents apart from their letter; and the joiners within words.
+_MARKS = (
+    "[" + "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d]"
+)
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|(?:[^\W{_IDEOGRAPHS}]{_MARKS}*)+|[^\w\s]")
+_MARK = re.compile(_MARKS)
 
 
 def words_of(sentence: str) -> list[str]:
     return _WORD.findall(sentence)
+
+
+def is_of_letters(word: str) -> bool:
+    return _MARK.sub("", word).isalpha()
 
 
 def make_rows(task: str, sentences: Iterable[str], num_rows: int, seed: int, num_words: int = NUM_WORDS) -> list[Row]:
@@ -69,7 +81,7 @@ def word_content(sentences: Sentences, num_rows: int, seed: int, num_words: int)
     """Words of middling frequency: the rarest that twice as many sentences hold as rows are wanted of each, but for
     those that seldom stand alone. A sentence holds exactly one of them."""
     each = max(num_rows // num_words, LEAST_ROWS)
-    held = [{word.lower() for word in words if word.isalpha()} for words in sentences]
+    held = [{word.lower() for word in words if is_of_letters(word)} for words in sentences]
     counts = Counter(word for words in held for word in words)
     enough = (word for word, count in counts.items() if count >= 2 * each)
     chosen = set(sorted(enough, key=lambda word: (counts[word], word))[:num_words])
@@ -98,8 +110,8 @@ def bigram_shift(sentences: Sentences, num_rows: int, seed: int, num_words: int)
         places = [
             place
             for place in range(1, len(words) - 1)
-            if words[place].isalpha()
-            and words[place + 1].isalpha()
+            if is_of_letters(words[place])
+            and is_of_letters(words[place + 1])
             and words[place].lower() != words[place + 1].lower()
         ]
         if not places:

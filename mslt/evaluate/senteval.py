@@ -29,7 +29,7 @@ from mslt.evaluate.opening import (
 )
 from mslt.evaluate.positions import refuse_over_positions
 from mslt.evaluate.probe_features import open_features, standardized, write_features
-from mslt.evaluate.probe_tasks import TASKS, ProbeRows, read_rows
+from mslt.evaluate.probe_tasks import TASKS, ProbeRows
 from mslt.evaluate.result import finished
 from mslt.files import canonical_json, lock_alone, sha256_text, write_json
 from mslt.heads.layer_probe import Features, ProbeTraining, train_probes
@@ -59,6 +59,12 @@ class Settings:
     max_tokens: int | None = None
     max_train_rows: int | None = None
     seed: int = 0
+
+    @property
+    def protocol(self) -> str:
+        """For titles."""
+        features = "standardized features" if self.standardize else "features as they are"
+        return f"{self.classifier} on {features}, {self.pooling}"
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ def checkpoints_of(arguments: Sequence[str], all_stages: bool = False) -> list[C
         else:
             source, origin = locate(argument)
             path = Path(source).resolve() if Path(source).is_dir() else Path(source)
-            found.append(Checkpoint("-".join(path.parts[-2:]) if origin is None else _stage_name(*origin), source))
+            found.append(Checkpoint(_folder_name(path) if origin is None else _stage_name(*origin), source))
     by_name: dict[str, str] = {}
     for each in found:
         if by_name.setdefault(each.name, each.source) != each.source:
@@ -101,23 +107,28 @@ def checkpoints_of(arguments: Sequence[str], all_stages: bool = False) -> list[C
     return found
 
 
+def _folder_name(path: Path) -> str:
+    return "-".join(part for part in path.parts[-2:] if part != path.anchor)
+
+
 def _stage_name(run: RunDir, index: int) -> str:
     return f"{run.path.resolve().name}-stage-{index + 1}"
 
 
-def probe_checkpoint(
-    checkpoint: Checkpoint,
-    tasks: Sequence[str],
-    data_dir: Path,
-    settings: Settings,
-    folder: Path,
-    device: torch.device,
-    progress: Progress,
-    keep_features: bool = False,
-) -> list[dict[str, Any]]:
-    """The results of the tasks, in `folder` a file for each; what lies there already is not done again. MsltError for
-    data, checkpoint or results that do not fit, before anything is computed."""
-    data = {name: read_rows(data_dir / TASKS[name].file, settings.max_train_rows) for name in tasks}
+@dataclass(frozen=True)
+class Planned:
+    """What is to be probed, and by task the settings and the result, None where it is still to do."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    protocol: str
+    described: dict[str, dict[str, Any]]
+    results: dict[str, dict[str, Any] | None]
+
+
+def plan_checkpoint(checkpoint: Checkpoint, data: dict[str, ProbeRows], settings: Settings, folder: Path) -> Planned:
+    """What lies in `folder` already is not done again. MsltError for a checkpoint or results that do not fit."""
     config = open_config(checkpoint.source)
     tokenizer = open_fitting_tokenizer(config, checkpoint.source)
     max_tokens = settings.max_tokens or min(MAX_TOKENS, families.num_positions(config))
@@ -127,21 +138,32 @@ def probe_checkpoint(
     if settings.classifier == "logistic":
         common["repetitions"] = 1  # all others would be the same
     described = {name: {**common, "task": name, "rows": _digest(rows)} for name, rows in data.items()}
-    results = {name: finished(folder / f"{name}.json", described[name]) for name in tasks}
-    if all(result is not None for result in results.values()):
+    results = {name: finished(folder / f"{name}.json", described[name]) for name in data}
+    return Planned(checkpoint, tokenizer, folder, settings.protocol, described, results)
+
+
+def probe_checkpoint(
+    planned: Planned,
+    data: dict[str, ProbeRows],
+    device: torch.device,
+    progress: Progress,
+    keep_features: bool = False,
+) -> list[dict[str, Any]]:
+    """The results of the tasks, in the folder a file for each."""
+    results, folder, source = dict(planned.results), planned.folder, planned.checkpoint.source
+    if None not in results.values():
         return [result for result in results.values() if result is not None]
-    model, missing = open_model(checkpoint.source, AutoModel)
-    refuse_without_layers(checkpoint.source, missing)
+    model, missing = open_model(source, AutoModel)
+    refuse_without_layers(source, missing)
     model.to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in data.items():
+    for name, described in planned.described.items():
         if results[name] is None:
-            result = {
-                "settings": described[name],
-                "checkpoint": checkpoint.source,
-                **_probe_task(name, rows, model, tokenizer, described[name], folder, progress, keep_features),
-                "provenance": provenance(),
-            }
+            found = _probe_task(
+                name, data[name], model, planned.tokenizer, described, folder, progress, keep_features
+            )  # fmt: skip
+            result = {"settings": described, "checkpoint": source, "protocol": planned.protocol, **found,
+                      "provenance": provenance()}  # fmt: skip
             write_json(folder / f"{name}.json", result)
             results[name] = result
     return [result for result in results.values() if result is not None]
@@ -159,20 +181,21 @@ def _probe_task(
 ) -> dict[str, Any]:
     path = folder.parent / f"features-{described['pooling']}" / f"{name}.npy"
     with lock_alone(folder.parent / ".features.lock", None):  # another classifier may be at work beside this one
-        num_cut = _extract(path, name, rows, model, tokenizer, described, progress)
+        num_cut = _extract(path, name, rows, model, tokenizer, described, progress, keep_features)
         features = open_features(path)
     if described["standardize"]:
         features = standardized(features, rows.splits["tr"])
-    seeds = range(described["seed"], described["seed"] + described["repetitions"])
     runs = [
-        _one_run(name, features, rows, described["classifier"], seed, model.device,
+        _one_run(name, features, rows, described["classifier"],
+                 keyed.torch_seed(described["seed"], "probe_repetition", turn), model.device,
                  lambda done, total, turn=turn: progress(f"{name}: probes, {turn}", done, total))  # type: ignore[misc]
-        for turn, seed in enumerate(seeds, 1)
+        for turn in range(1, described["repetitions"] + 1)
     ]  # fmt: skip
     del features
-    if not keep_features:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
+    with lock_alone(folder.parent / ".features.lock", None):
+        if not (_claim(path) or {"keep": False})["keep"]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
     num_test = len(rows.splits["te"])
     accuracy, control = (
         [statistics.fmean(of_layer) for of_layer in zip(*(run[kind] for run in runs), strict=True)]
@@ -202,22 +225,35 @@ def _extract(
     tokenizer: PreTrainedTokenizerBase,
     described: dict[str, Any],
     progress: Progress,
+    keep: bool,
 ) -> int:
-    """Write the features, unless these lie there; how many sentences were cut."""
-    claim = path.with_suffix(".json")  # what they are of
+    """Write the features, unless these lie there, and whether they are to stay: once asked for, they do. How many
+    sentences were cut."""
+    claim = path.with_suffix(".json")
     made_of = {key: described[key] for key in ("checkpoint", "tokenizer", "rows", "pooling", "max_tokens")}
-    if path.is_file() and claim.is_file():
-        before = json.loads(claim.read_text())
-        if before["made_of"] == made_of:
-            return int(before["num_cut"])
+    before = _claim(path)
+    if before is not None and before["made_of"] == made_of:
+        if keep and not before["keep"]:
+            write_json(claim, before | {"keep": True})
+        return int(before["num_cut"])
     path.parent.mkdir(exist_ok=True)
     claim.unlink(missing_ok=True)
     num_cut = write_features(
         model, tokenizer, rows.texts, path, described["pooling"], described["max_tokens"],
         lambda done, total: progress(f"{name}: sentences", done, total),
     )  # fmt: skip
-    write_json(claim, {"made_of": made_of, "num_cut": num_cut})
+    write_json(claim, {"made_of": made_of, "num_cut": num_cut, "keep": keep})
     return num_cut
+
+
+def _claim(path: Path) -> dict[str, Any] | None:
+    """What the features in a file are of, beside it; None where they are not there whole, or that is not."""
+    try:
+        open_features(path)
+        found = json.loads(path.with_suffix(".json").read_text())
+        return {name: found[name] for name in ("made_of", "num_cut", "keep")}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _one_run(
@@ -244,8 +280,9 @@ def _one_run(
 
 
 def shuffled(rows: ProbeRows, seed: int) -> np.ndarray:
-    """The labels of the control task (Hewitt and Liang 2019, arXiv:1909.03368): those of each split in another order,
-    so that there is nothing to learn but how often each occurs."""
+    """The control's labels: those of each split in another order, so that there is nothing to learn but how often each
+    occurs. A probe that does better on them leaks or is biased; how much it could learn by heart is not seen so (for
+    that Hewitt and Liang 2019, arXiv:1909.03368, give each word a label of its own)."""
     labels = rows.labels.copy()
     for split, indices in rows.splits.items():
         order = np.argsort(keyed.bits(seed, f"control_{split}", np.arange(len(indices))), kind="stable")

@@ -3,7 +3,8 @@
 The classifier and its search are SentEval's (Conneau and Kiela 2018, arXiv:1803.05449), as in its
 `tools/classifier.py` and `tools/validation.py`: one sigmoid layer or none, Adam with coupled L2, dev accuracy after
 every 4 epochs, the best of them kept; a sixth time without a better one ends the training (its count is never set
-back); the L2 strength is chosen on dev. Weights begin, and rows come, alike for all probes of a seed.
+back); the L2 strength is chosen on dev. On its torch `size_average=False` made the loss a sum, beside which L2 was
+weaker; torch of today ignores it, and so do we. Weights begin, and rows come, alike for all probes of a seed.
 
 R rows, B batch, L hidden states, D width, K sets of labels, P probes (L × K × strengths of L2), H hidden units,
 C classes.

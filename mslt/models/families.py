@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import BertConfig, BertForPreTraining, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from mslt.config import ModelConfig
 from mslt.errors import MsltError
@@ -145,6 +146,11 @@ def mlm_head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         dense, norm, decoder = predictions.dense, predictions.LayerNorm, model.generator_lm_head
     return {"dense.weight": dense.weight, "dense.bias": dense.bias, "norm.weight": norm.weight,
             "norm.bias": norm.bias, "bias": decoder.bias}  # fmt: skip
+
+
+def mlm_activation(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What follows `dense` there: a setting in BERT alone."""
+    return ACT2FN[config.hidden_act if config.model_type == "bert" else "gelu"]
 
 
 def is_classifier(model: PreTrainedModel) -> bool:

@@ -15,15 +15,19 @@ from mslt.report.heatmap import HeatMap
 Results = dict[str, dict[str, Any]]  # task → what a probe found
 
 
-def read_results(folder: Path, command: str) -> Results:
-    """What lies in a folder of a probe's results. MsltError where there is nothing."""
+def read_results(folder: Path, command: str, checkpoint: str) -> Results:
+    """What lies in a folder of a probe's results. MsltError where there is nothing, and for what is of another
+    checkpoint than that of this digest."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
-            found[str(result["task"])] = result
+            found[str(result["task"])], probed = result, result["settings"]["checkpoint"]
         except (ValueError, KeyError, TypeError):
             raise MsltError(f"{path}: is no result of a probe; move it away") from None
+        if probed != checkpoint:
+            raise MsltError(f"{path}: is of another checkpoint, which was there before; move it away, and run "
+                            f"{command} again")  # fmt: skip
     if not found:
         raise MsltError(f"{folder}: holds no results; run {command} first")
     return found

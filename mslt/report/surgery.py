@@ -12,6 +12,9 @@ from mslt.evaluate.glue_tasks import PRESETS
 from mslt.report import paper
 
 METHODS = tuple(dict.fromkeys(row.method for rows in paper.SURGERY.values() for row in rows))
+# Of one checkpoint, which surgery alters: what `objective` of their settings is of, None where there is none.
+OBJECTIVES = {"plain": None, "multi-objective": "masked words", "extra-layer": "masked words with an extra layer"}
+LABELS = "labels alone"
 VERDICT = "In the paper no method beats plain fine-tuning on the average of the four tasks."
 
 
@@ -27,16 +30,29 @@ class SurgeryTable:
 
 def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Percent by method and task: means over seeds of the best setting's runs. MsltError for a folder without results,
-    of other headlines than the paper's, or that were not fine-tuned alike."""
+    of other headlines than the paper's, or of another method; and where methods were not fine-tuned alike, or those
+    without surgery not from one checkpoint."""
     found: dict[str, dict[str, float]] = {}
+    of_one: dict[str, Any] = {}  # method → the digest of its checkpoint
     done: dict[str, tuple[str, Any]] = {}
     for method, folder in folders.items():
         try:
             results = json.loads((folder / "results.json").read_text())
-            tasks, max_train_rows = results["tasks"], results["settings"]["max_train_rows"]
+            tasks, settings = results["tasks"], results["settings"]
+            max_train_rows, checkpoint = settings["max_train_rows"], settings["checkpoint"]
+            objective = _objective(settings)
         except (OSError, ValueError, KeyError, TypeError):
             raise MsltError(f"{method}={folder}: holds no results.json of `mslt evaluate glue`; run it first, with "
                             "--preset convexity") from None  # fmt: skip
+        wanted = OBJECTIVES.get(method)
+        if objective != wanted:
+            raise MsltError(f"{method}={folder}: was fine-tuned on {objective or LABELS}, not on {wanted or LABELS}; "
+                            "name the folder of this method's")  # fmt: skip
+        if method in OBJECTIVES:
+            first = next(iter(of_one), method)
+            if of_one.setdefault(method, checkpoint) != of_one[first]:
+                raise MsltError(f"{method}={folder}: was fine-tuned from another checkpoint than {first}'s; begin all "
+                                "but copy and drop from one")  # fmt: skip
         found[method] = {}
         for task in paper.SURGERY_TASKS:
             entry = tasks.get(task)
@@ -56,10 +72,13 @@ def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 
 def surgery_tables(ours: dict[str, dict[str, float]]) -> list[SurgeryTable]:
-    """Of each the paper's rows, and before them ours of the same methods."""
+    """Of each the paper's rows, and before them ours of the same methods. Plain fine-tuning stands in both, ours only
+    beside another of its table, or in the first where it is alone: the second's is another model."""
     tables = []
-    for title, reported in paper.SURGERY.items():
-        rows = [("ours", row.name, ours[row.method]) for row in reported if ours.get(row.method)]
+    for index, (title, reported) in enumerate(paper.SURGERY.items()):
+        beside = {row.method for row in reported} & (ours.keys() - {"plain"})
+        mine = reported if beside or (index == 0 and ours.keys() == {"plain"}) else ()
+        rows = [("ours", row.name, ours[row.method]) for row in mine if ours.get(row.method)]
         rows += [("paper", row.name, row.scores) for row in reported]
         tables.append(
             SurgeryTable(
@@ -69,6 +88,13 @@ def surgery_tables(ours: dict[str, dict[str, float]]) -> list[SurgeryTable]:
             )
         )
     return tables
+
+
+def _objective(settings: dict[str, Any]) -> str | None:
+    given = settings.get("objective")  # results of before there was another have none
+    if given is None:
+        return None
+    return OBJECTIVES["extra-layer" if given["extra_layer"] else "multi-objective"]
 
 
 def _average(scores: dict[str, float]) -> dict[str, float]:

@@ -18,6 +18,8 @@ from mslt.evaluate.mlm_probe import (
     num_parameters,
     open_frozen,
     padded,
+    plan_mlm,
+    pretrained_head,
     probe_mlm,
     train_heads,
     walk_dropped,
@@ -98,9 +100,9 @@ def test_dropped_components_are_0_and_the_others_as_they_were() -> None:
     assert (without_components(words, chosen, torch.ones(3, 8).bool())[chosen] == 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_pretrained_head_says_what_its_model_says(tmp_path: Path, kind: str) -> None:
-    source = str(write_encoder(tmp_path / kind, kind))
+@pytest.mark.parametrize(("kind", "activation"), [*((kind, "gelu") for kind in KINDS), ("bert", "relu")])
+def test_a_pretrained_head_says_what_its_model_says(tmp_path: Path, kind: str, activation: str) -> None:
+    source = str(write_encoder(tmp_path / kind, kind, hidden_act=activation))
     if kind == "electra":  # the generator has the head
         config = AutoModel.from_pretrained(source).config
         torch.manual_seed(0)
@@ -115,6 +117,12 @@ def test_a_pretrained_head_says_what_its_model_says(tmp_path: Path, kind: str) -
         assert torch.allclose(logits, masked(ids_BT).logits, atol=1e-5)
 
 
+def test_a_head_with_words_of_its_own_is_refused(tmp_path: Path) -> None:
+    source = str(write_encoder(tmp_path / "bert", tie_word_embeddings=False))
+    with pytest.raises(MsltError, match=r"its MLM head has words of its own, .* --mlm-head random"):
+        pretrained_head(source)
+
+
 def test_heads_begin_alike(tmp_path: Path) -> None:
     model = open_frozen(str(write_encoder(tmp_path / "bert")), CPU)
     one, same, other = (new_mlm_head(model, seed).dense.weight for seed in (1, 1, 2))
@@ -126,7 +134,8 @@ def test_a_result_is_kept_and_what_cannot_be_is_refused(tmp_path: Path, monkeypa
     source = str(write_encoder(tmp_path / "bert"))
 
     def probe(settings: Settings = QUICK, texts: list[str] | None = None) -> dict:
-        return probe_mlm(source, texts or passages(), settings, tmp_path / "out", CPU, lambda done, total: None)
+        planned = plan_mlm(source, texts or passages(), settings, tmp_path / "out")
+        return probe_mlm(planned, CPU, lambda done, total: None)
 
     first = probe()
     monkeypatch.setattr(mlm_probe, "train_heads", lambda *rest: pytest.fail("it is done"))
@@ -136,6 +145,11 @@ def test_a_result_is_kept_and_what_cannot_be_is_refused(tmp_path: Path, monkeypa
         (replace(QUICK, dropout=1.2), None, "--dropout 1.2: is a probability"),
         (replace(QUICK, max_tokens=64), None, "--max-tokens 64: .* has 40 positions"),
         (replace(QUICK, dropout=0.9), ["one"], "1 passages are too few"),
+        (
+            replace(QUICK, dropout=0.9),
+            ["xyz " * (n + 1) for n in range(40)],
+            "or hold no word that the tokenizer knows",
+        ),
     ):
         with pytest.raises(MsltError, match=said):
             probe(settings, texts)

@@ -48,8 +48,8 @@ def gradients(whole: MultiObjectiveModel, batch: dict[str, torch.Tensor]) -> set
     return {name.split(".")[0 if not name.startswith("model.") else 1] for name in names}
 
 
-@pytest.mark.parametrize("extra_layer", [None, "copy", "random"])
-def test_each_objective_trains_its_own_parts(encoder: Path, extra_layer: str | None) -> None:
+@pytest.mark.parametrize("extra_layer", [False, True])
+def test_each_objective_trains_its_own_parts(encoder: Path, extra_layer: bool) -> None:
     own = {"head"} | ({"extra"} if extra_layer else set())
     whole, batch = opened(encoder, extra_layer=extra_layer, mlm_share=0.0)
     assert gradients(whole, batch) == {"bert", "classifier"}
@@ -94,7 +94,7 @@ def test_the_loss_is_both_and_each_of_its_own_samples(encoder: Path) -> None:
 
 
 def test_without_the_extra_layer_it_says_the_same(encoder: Path, tmp_path: Path) -> None:
-    whole, batch = opened(encoder, extra_layer="copy")
+    whole, batch = opened(encoder, extra_layer=True)
     assert whole.extra is not None
     top = families.layers(whole.model)[-1]
     for mine, theirs in zip(whole.extra.parameters(), top.parameters(), strict=True):
@@ -122,7 +122,9 @@ def test_regression_and_families(tmp_path: Path) -> None:
         source = write_encoder(tmp_path / kind, kind)
         model = open_with_new_head(str(source), AutoModelForSequenceClassification, seed=0, num_labels=1)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        whole = multi_objective_model(model, str(source), tokenizer, MultiObjective("copy", head="random"), seed=0)
+        whole = multi_objective_model(
+            model, str(source), tokenizer, MultiObjective(extra_layer=True, head="random"), seed=0
+        )
         batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"), labels=torch.rand(4))
         assert gradients(whole, batch) >= {"classifier"}
         assert whole(**batch).loss.isfinite()
@@ -146,7 +148,7 @@ def test_glue_is_fine_tuned_so_and_stands_in_the_tables(
     (saved,) = (out["extra-layer"] / "models/CoLA").glob("*/config.json")
     assert AutoModelForSequenceClassification.from_pretrained(saved.parent).config.num_hidden_layers == 2
     settings = json.loads((out["extra-layer"] / "results.json").read_text())["settings"]
-    assert settings["objective"]["extra_layer"] == "copy"
+    assert settings["objective"]["extra_layer"] is True
     again = run("evaluate", "glue", encoder, *options, "--out", out["extra-layer"])
     assert "is the result of other settings" in str(again.exception)
 
@@ -157,7 +159,15 @@ def test_glue_is_fine_tuned_so_and_stands_in_the_tables(
     assert [row[0] for row in first["rows"]] == ["ours", "ours", "paper", "paper", "paper", "paper"]
     assert set(first["rows"][0][2]) == {"CoLA", "RTE"}, "no average of a part"
     assert first["rows"][2][2]["average"] == pytest.approx(75.85, abs=0.01)
-    assert [row[0] for row in second["rows"]] == ["ours", "paper", "paper"]
+    assert [row[0] for row in second["rows"]] == ["paper", "paper"], "another model's, where drop is not given"
+    for exchanged, said in (
+        ({"extra-layer": "plain"}, "extra-layer=.* was fine-tuned on labels alone, not on masked"),
+        ({"plain": "extra-layer"}, "plain=.* on masked words with an extra layer, not on labels"),
+        ({"multi-objective": "extra-layer"}, "extra layer, not on masked words; name the folder"),
+    ):
+        (given,) = (f"{method}={out[of]}" for method, of in exchanged.items())
+        with pytest.raises(MsltError, match=said):
+            raise run("probe", "tables", given).exception
     assert "no method beats" in run("probe", "tables").stdout
 
 
@@ -192,16 +202,33 @@ def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None
         ("rows", entry([1e-5]), 100), ("f1", entry([1e-5], "f1"), None), ("failed", {"best": None}, None),
     ):  # fmt: skip
         (tmp_path / name).mkdir()
-        results = {"tasks": {"MRPC": task}, "settings": {"max_train_rows": max_train_rows}}
+        settings = {"max_train_rows": max_train_rows, "checkpoint": name}
+        results = {"tasks": {"MRPC": task}, "settings": settings}
         write_json(tmp_path / name / "results.json", results)
     assert read_methods({"plain": tmp_path / "plain", "copy": tmp_path / "same"})["copy"] == {"MRPC": 50.0}
     for other in ("rates", "rows"):
         with pytest.raises(MsltError, match="MRPC was fine-tuned otherwise than plain's"):
             read_methods({"plain": tmp_path / "plain", "copy": tmp_path / other})
+    settings |= {"checkpoint": "another", "objective": {"extra_layer": False}}
+    write_json(tmp_path / "same" / "results.json", {"tasks": {"MRPC": entry([1e-5])}, "settings": settings})
+    with pytest.raises(
+        MsltError, match=r"multi-objective=.*from another checkpoint than plain's; begin all but copy and"
+    ):
+        read_methods({"plain": tmp_path / "plain", "multi-objective": tmp_path / "same"})
     with pytest.raises(MsltError, match="MRPC is headed by f1, in the paper by accuracy"):
         read_methods({"plain": tmp_path / "f1"})
     tables = surgery_tables(read_methods({"plain": tmp_path / "failed"}))
     assert all(whose == "paper" for table in tables for whose, _, _ in table.rows), "nothing of ours without a result"
+
+
+def test_plain_fine_tuning_stands_beside_its_own_model() -> None:
+    def ours(*methods: str) -> list[list[str]]:
+        tables = surgery_tables({method: {"RTE": 50.0} for method in methods})
+        return [[name for whose, name, _ in table.rows if whose == "ours"] for table in tables]
+
+    assert ours("plain") == [["fine-tuned"], []]
+    assert ours("plain", "copy") == [["fine-tuned", "copying last layers"], []]
+    assert ours("plain", "drop") == [[], ["fine-tuned", "dropping last two layers"]]
 
 
 def test_the_papers_averages_are_what_its_rows_say() -> None:

@@ -4,6 +4,7 @@ MSLT_TEST_DATA; P5 a finished run of 6 layers or more in MSLT_TEST_RUN."""
 import importlib.util
 import os
 import shutil
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_the_convexity_shows_in_sentevals_tasks(minilm: Path, tmp_path: Path) ->
     assert 1 <= best < len(shift) - 1
     lengths = by_task["SentLen"]["accuracy"]
     assert lengths[-1] <= lengths[1] - 0.2
+    for result in (each for each in results if each["rows"]["te"] >= 1000):  # of fewer a share is not so sure
+        assert statistics.fmean(result["control"]) == pytest.approx(result["majority"], abs=0.03), result["task"]
+
+
+def test_the_search_reads_lengths_as_the_fast_way_does(minilm: Path, made: Path, tmp_path: Path) -> None:
+    """P6 by SentEval's own classifier."""
+    (((result,)),) = printed("senteval", minilm, "--data-dir", made, "--task", "SentLen", "--pooling", "mean",
+                             "--repetitions", 1, "--out", tmp_path).values()  # fmt: skip
+    assert result["accuracy"][1] >= 0.75
+    assert all(share <= 0.22 for share in result["control"])
 
 
 def test_a_real_encoder_forgets_its_words_upwards(minilm: Path, tmp_path: Path) -> None:

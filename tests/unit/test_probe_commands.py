@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,14 @@ def test_a_search_knows_what_the_words_say(encoders: list[Path], data: Path, tmp
     assert min(found["accuracy"]) >= 0.95
     assert max(found["control"]) <= 0.8
     assert found["majority"] == 0.5
+    assert found["protocol"] == "mlp on standardized features, mean"
     for k in range(4):
         runs = [run["accuracy"][k] for run in found["runs"]]
         assert found["accuracy"][k] == pytest.approx(sum(runs) / 2)
         assert found["selectivity"][k] == found["accuracy"][k] - found["control"][k]
         assert found["low"][k] <= found["accuracy"][k] <= found["high"][k]
-    assert [run["seed"] for run in found["runs"]] == [0, 1]
+    other = printed("senteval", encoders[0], *options[:-1], tmp_path / "other", "--seed", 1)["e-one"][0]
+    assert len({run["seed"] for result in (found, other) for run in result["runs"]}) == 4, "seed 1 is no part of seed 0"
     folder = tmp_path / "e-one/senteval-mean-mlp"
     assert json.loads((folder / "Tense.json").read_text()) == found
     assert sorted(path.name for path in folder.iterdir()) == ["Tense.json", "heatmap.csv", "heatmap.png"]
@@ -87,6 +90,19 @@ def test_what_is_done_is_not_done_again(
         command("senteval", *options, "--seed", 1)
 
 
+def test_all_checkpoints_are_looked_at_before_one_is_probed(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    short = write_encoder(tmp_path / "e/short", max_position_embeddings=20)
+    with pytest.raises(MsltError, match=r"--max-tokens 30: .* has 20 positions"):
+        command(
+            "senteval", encoders[0], short, "--data-dir", data, "--max-tokens", 30, *FAST, "--out", tmp_path / "out"
+        )
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(sentence(random.Random(index), 12) for index in range(40)))
+    with pytest.raises(MsltError, match=r"--max-tokens 30: .* has 20 positions"):
+        command("mlm", encoders[0], short, "--text", text, "--max-tokens", 30, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_features_are_kept_where_asked(
     encoders: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,14 +112,22 @@ def test_features_are_kept_where_asked(
     (tmp_path / "e-one/senteval-cls-logistic/Tense.json").unlink()
     monkeypatch.setattr(senteval, "write_features", lambda *rest: pytest.fail("they are there"))
     assert printed("senteval", *options, *FAST)["e-one"][0]["accuracy"] == first
-    command("senteval", *options, *FAST, "--raw")
+    command("senteval", *options[:-1], *FAST, "--raw")
     monkeypatch.undo()
     claim = tmp_path / "e-one/features-cls/Tense.json"
     (tmp_path / "e-one/senteval-cls-logistic/Tense.json").unlink()
+    assert json.loads(claim.read_text())["keep"], "a later command does not take back what was asked for"
     of_others = json.loads(claim.read_text()) | {"made_of": {"checkpoint": "another"}}
     claim.write_text(json.dumps(of_others))
     (tmp_path / "e-one/features-cls/Tense.npy").write_bytes(b"of another checkpoint")
     assert printed("senteval", *options, *FAST)["e-one"][0]["accuracy"] == first, "made anew"
+    for name, left in (("Tense.json", b"{"), ("Tense.json", b"[]"), ("Tense.npy", b""), ("Tense.npy", b"\x93NUMPY")):
+        (tmp_path / "e-one/senteval-cls-logistic/Tense.json").unlink()
+        (claim.parent / name).write_bytes(left)
+        assert printed("senteval", *options, *FAST)["e-one"][0]["accuracy"] == first, "damaged, so made anew"
+    size = (claim.parent / "Tense.npy").stat().st_size
+    os.truncate(claim.parent / "Tense.npy", size - 1)
+    assert senteval._claim(claim.parent / "Tense.npy") is None
 
 
 def test_a_constant_says_nothing(encoders: list[Path], data: Path, tmp_path: Path) -> None:
@@ -129,6 +153,45 @@ def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Pa
         rows = list(csv.DictReader(file))
     assert float(rows[1]["value"]) == pytest.approx(expected[1])
     assert (rows[1]["row"], rows[1]["column"]) == ("BigramShift", "0")
+
+
+def test_results_of_another_checkpoint_are_not_shown(data: Path, tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "e/one", seed=0)
+    options = [encoder, "--data-dir", data, *FAST]
+    command("senteval", *options, "--max-train-rows", 60, "--task", "BigramShift")
+    command("senteval", *options, "--task", "Tense")
+    folder = tmp_path / "e/one-evaluation/senteval-cls-logistic"
+    with open(folder / "heatmap.csv") as file:
+        assert {row["row"] for row in csv.DictReader(file)} == {"Tense"}, "what was probed otherwise is another picture"
+    compared = ["compare", encoder, "--side-by-side", *FAST, "--picture", tmp_path / "p.png"]
+    assert len(printed(*compared)) == 2
+    write_encoder(encoder, seed=1)
+    with pytest.raises(MsltError, match=r"BigramShift.json: is of another checkpoint, .* run `mslt probe senteval` on"):
+        command(*compared)
+
+
+def test_what_was_probed_otherwise_is_not_held_against(
+    encoders: list[Path], data: Path, probed: Path, tmp_path: Path
+) -> None:
+    options = ["--data-dir", data, "--pooling", "mean", *FAST]
+    command("senteval", encoders[0], *options, "--task", "Tense", "--out", tmp_path)
+    command("senteval", encoders[1], *options, "--task", "BigramShift", "--out", tmp_path)
+    compared = [
+        "compare",
+        *encoders,
+        "--results",
+        tmp_path,
+        "--pooling",
+        "mean",
+        *FAST,
+        "--picture",
+        tmp_path / "p.png",
+    ]
+    with pytest.raises(MsltError, match="e-other, e-one: have no probed task in common"):
+        command(*compared)
+    command("senteval", encoders[1], *options, "--task", "Tense", "--max-train-rows", 60, "--out", tmp_path)
+    with pytest.raises(MsltError, match=r"Tense: e-other was probed otherwise than e-one \(max_train_rows, rows\)"):
+        command(*compared)
 
 
 def test_checkpoints_stand_side_by_side(encoders: list[Path], probed: Path, tmp_path: Path) -> None:
@@ -157,6 +220,16 @@ def test_words_are_read_back_and_compared(encoders: list[Path], tmp_path: Path) 
     assert difference["rows"] == ["dropout 0.3", "dropout 0.9"]
     with pytest.raises(MsltError, match=r"--dropout 1.5: is a probability"):
         command("mlm", encoders[0], "--text", text, "--dropout", 1.5)
+    with pytest.raises(MsltError, match=r"--learning-rate -1.0: must be above 0 and below 1"):
+        command("mlm", encoders[0], "--text", text, "--learning-rate", -1)
+
+
+@pytest.mark.parametrize("arguments", [("senteval", "x", "--data-dir"), ("mlm", "x", "--text"),
+                                       ("make", "SentLen", "--out", "x", "--text")])  # fmt: skip
+def test_seeds_are_natural_numbers(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["probe", *arguments, "x", "--seed", "-1"])
+    assert result.exit_code == 2
+    assert "'--seed'" in result.output
 
 
 def run_of(folder: Path, plan: Any) -> Path:
@@ -185,6 +258,7 @@ def test_stages_of_runs_stand_side_by_side(data: Path, tmp_path: Path, tiny_plan
 def test_names_tell_checkpoints_apart(tmp_path: Path) -> None:
     folders = [str(write_encoder(tmp_path / place / "a/model")) for place in ("x", "y")]
     assert [checkpoint.name for checkpoint in checkpoints_of(folders[:1] * 2)] == ["a-model"] * 2
+    assert senteval._folder_name(Path("/model")) == "model", "and not below the root"
     with pytest.raises(MsltError, match="are both called a-model in tables; rename a folder"):
         checkpoints_of(folders)
 
@@ -193,6 +267,8 @@ def test_names_tell_checkpoints_apart(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["senteval", "ENCODER", "--data-dir", "DATA", "--task", "Tens"], "--task Tens: .*did you mean Tense"),
+        (["senteval", "ENCODER", "--data-dir", "DATA", "--classifier", "logistic", "--repetitions", "5"],
+         "--repetitions 5: all would be the same with --classifier logistic"),
         (["senteval", "ENCODER", "--data-dir", "ENCODER"], "holds no file of SentEval's probing tasks"),
         (["senteval", "ENCODER", "--data-dir", "DATA", "--task", "SentLen"], "sentence_length.txt: not readable"),
         (["senteval", "ENCODER", "--data-dir", "DATA", "--max-tokens", "64"], "--max-tokens 64: .* has 40 positions"),

@@ -123,6 +123,18 @@ def test_any_language_has_words() -> None:
     assert words_of("Мама мыла раму!") == ["Мама", "мыла", "раму", "!"]
 
 
+def test_words_keep_their_marks() -> None:
+    assert words_of("मुझे हिन्दी की किताबें पसंद हैं।") == ["मुझे", "हिन्दी", "की", "किताबें", "पसंद", "हैं", "।"]
+    assert words_of("cafe\u0301 می\u200cخواهم") == ["cafe\u0301", "می\u200cخواهم"]
+    sentences = [f"यह मेरी किताब {index} है और वह हिन्दी में लिखी हुई है ।" for index in range(48)]
+    rows = make_rows("BigramShift", sentences, 48, seed=0)
+    assert len(rows) == 48
+    assert len({text for _, _, text in make_rows("WordContent", HINDI, 24, seed=0, num_words=2)}) == 24
+
+
+HINDI = [f"{word} यह मेरी बात {index} है ।" for index in range(24) for word in ("हिन्दी", "किताबें")]
+
+
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MsltError, match="SentLen: 0 sentences of label 0 at most, of 720 with 5 to 28 words"):
         make_rows("SentLen", SENTENCES, 120, seed=0)
