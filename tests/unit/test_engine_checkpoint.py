@@ -386,7 +386,7 @@ def test_killed_commit_leaves_no_folder_of_its_name_and_the_next_clears_up(tmp_p
 
 
 def full_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(tensors: object, path: Path) -> None:
+    def save(tensors: object, path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 

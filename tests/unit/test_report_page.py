@@ -42,6 +42,13 @@ def runs(tmp_path: Path, tiny_sections: dict[str, Any]) -> list[Path]:
     return paths
 
 
+@pytest.fixture(autouse=True)
+def _no_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundling it takes seconds; one test looks at the page with it."""
+    if request.function is not test_page_opens_alone_and_is_small:
+        monkeypatch.setattr(vl_convert, "javascript_bundle", lambda snippet: "")
+
+
 def specs_of(html: str) -> list[dict[str, Any]]:
     """The charts, in the order of the page."""
     listed = html[html.index("const charts = [") : html.index("charts.forEach")]
