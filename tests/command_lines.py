@@ -1,12 +1,15 @@
-"""Command lines as pages show them, parsed as the program does, without running them."""
+"""Command lines: as pages show them, parsed without running them; and run in this process."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 from mslt.cli.main import app
+from mslt.errors import MsltError
 
 
 def fenced(page: Path, *languages: str) -> list[str]:
@@ -32,3 +35,12 @@ def refuse_unknown_options(line: str) -> None:
             return
         words = [*context._protected_args, *context.args]
         command, words = command.commands[words[0]], words[1:]
+
+
+def run(*words: object) -> Any:
+    """Run `mslt` in this process: its result, or the MsltError that it would print."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if isinstance(result.exception, MsltError):
+        raise result.exception
+    assert result.exception is None, result.output
+    return result

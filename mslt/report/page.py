@@ -246,7 +246,7 @@ def starts_table(runs: list[Curves]) -> Table:
 def evaluation_parts(paths: list[Path], runs: list[Curves]) -> list[Table | Chart | Picture]:
     """What lies beside the model folders of all stages: scores of GLUE and SQuAD, and pictures."""
     found: list[Table | Chart | Picture] = []
-    glue: dict[str, list[list[str]]] = {}
+    glue: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
     tasks: dict[str, list[str]] = {}
     squad: list[list[str]] = []
     pictures: list[Picture] = []
@@ -255,7 +255,7 @@ def evaluation_parts(paths: list[Path], runs: list[Curves]) -> list[Table | Char
             scored = json.loads(file.read_text())["tasks"]
             name = file.parent.name.removeprefix("glue-")
             tasks[name] = list(dict.fromkeys([*tasks.get(name, []), *scored]))
-            glue.setdefault(name, []).append([run, where, json.dumps({t: _score(e) for t, e in scored.items()})])
+            glue.setdefault(name, []).append((run, where, {task: _score(each) for task, each in scored.items()}))
         for file in sorted(folder.glob("squad*/result.json")):
             result = json.loads(file.read_text())
             scores = result["scores"]
@@ -264,9 +264,7 @@ def evaluation_parts(paths: list[Path], runs: list[Curves]) -> list[Table | Char
             png = base64.b64encode(file.read_bytes()).decode()
             pictures.append(Picture(f"{run}, {where}: {file.relative_to(folder)}", png))
     for name, rows in glue.items():
-        cells = [
-            [run, where, *(json.loads(scores).get(task, "–") for task in tasks[name])] for run, where, scores in rows
-        ]
+        cells = [[run, where, *(scores.get(task, "–") for task in tasks[name])] for run, where, scores in rows]
         note = "Medians of the best setting, in percent; the number of runs in parentheses."
         found.append(Table(f"GLUE, preset {name}", ["run", "", *tasks[name]], cells, note))
     if squad:

@@ -23,6 +23,7 @@ from mslt.evaluate.opening import open_tokenizer, tokenizer_digest
 from mslt.heads.early_exit import EarlyExitModel
 from mslt.heads.exit_rule import by_entropy, by_patience, counts, exits_of, expected_saving, left_with
 from mslt.report import paper
+from tests.command_lines import run
 from tests.encoders import write_encoder
 from tests.exits import classifier
 from tests.glue_files import write_glue
@@ -34,11 +35,7 @@ QUICK = [*RAMPS, "--epochs", "2", "--learning-rate", "0.002"]
 
 
 def command(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, ["exit", *map(str, arguments)])
-    if isinstance(result.exception, MsltError):
-        raise result.exception
-    assert result.exception is None, result.output
-    return result
+    return run("exit", *arguments)
 
 
 def printed(*arguments: object) -> Any:

@@ -19,6 +19,7 @@ from mslt.evaluate.pool import Diverged, open_backbone
 from mslt.evaluate.pool_errors import compared, positive_of
 from mslt.files import lock_alone
 from mslt.heads.pooling import PoolingHead, load_head, new_head, save_head
+from tests.command_lines import run
 from tests.encoders import write_encoder
 from tests.glue_files import write_glue
 from tests.squad_files import questions, write_squad
@@ -27,11 +28,7 @@ QUICK = ["--max-tokens", "24", "--learning-rate", "0.01"]
 
 
 def command(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, ["pool", *map(str, arguments)])
-    if isinstance(result.exception, MsltError):
-        raise result.exception
-    assert result.exception is None, result.output
-    return result
+    return run("pool", *arguments)
 
 
 def printed(*arguments: object) -> Any:

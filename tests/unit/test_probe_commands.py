@@ -15,16 +15,13 @@ from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate import senteval
 from mslt.evaluate.senteval import checkpoints_of
+from tests.command_lines import run
 from tests.encoders import write_encoder
 from tests.probing_files import sentence, write_probing
 
 
 def command(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, ["probe", *map(str, arguments)])
-    if isinstance(result.exception, MsltError):
-        raise result.exception
-    assert result.exception is None, result.output
-    return result
+    return run("probe", *arguments)
 
 
 def printed(*arguments: object) -> Any:
