@@ -4,6 +4,7 @@ a browser, with values under the pointer.
 Stages and layers in charts are named as everywhere: stages from 1, layers from 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ import altair
 
 from mslt.cost import PARTS, StepCosts, operations, scaled, stage_cost, step_parts, step_total
 from mslt.plan import HEAD_SLOTS, Plan, Stage, all_slots, trainable_in_words
+from mslt.report.heatmap import HeatMap
 
 MOST_POINTS = 1500  # of a curve: more than a page is wide
 BAND_PX = 14  # of a run's row of stages at the bottom of a chart of losses
@@ -296,6 +298,31 @@ def trust_chart(runs: Sequence[Curves]) -> Spec | None:
     return _spec(band + line, HEIGHT_PX // 2)
 
 
+def heatmap_chart(drawn: HeatMap) -> Spec:
+    """The values of a heat map in its cells; colours part at 0 where some are negative."""
+    rows: list[Spec] = [
+        {"row": row, "column": column, "value": value}
+        for row, line in zip(drawn.rows, drawn.values, strict=True)
+        for column, value in zip(drawn.columns, line, strict=True)
+        if math.isfinite(value)
+    ]
+    most = max((abs(row["value"]) for row in rows), default=1.0) or 1.0
+    differs = any(row["value"] < 0 for row in rows)
+    scale = (
+        altair.Scale(domain=[-most, 0, most], range=["#f4a582", "#f7f7f7", "#92c5de"])
+        if differs
+        else altair.Scale(zero=False, range=["#f7fbff", "#6baed6"])
+    )
+    base = altair.Chart(altair.Data(values=rows)).encode(
+        x=altair.X("column:N", title=None, sort=list(drawn.columns), axis=altair.Axis(labelAngle=0, orient="top")),
+        y=altair.Y("row:N", title=None, sort=list(drawn.rows), axis=altair.Axis(labelLimit=260)),
+        tooltip=["row:N", "column:N", altair.Tooltip("value:Q", format=",.4~f")],
+    )
+    cells = base.mark_rect().encode(color=altair.Color("value:Q", title=None, scale=scale))
+    texts = base.mark_text(fontSize=10, color="#1a1a1a", aria=False).encode(text=altair.Text("value:Q", format=".1f"))
+    return _spec(cells + texts, 22 * len(drawn.rows))
+
+
 def thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most some MOST_POINTS of them, evenly, the last among them."""
     every = -(-len(records) // MOST_POINTS) or 1
@@ -314,5 +341,7 @@ def _spec(chart: Any, height: int) -> Spec:
     """As wide as its place on the page, colours of text and lines left to the page's style."""
     found: Spec = chart.properties(width="container", height=height).to_dict()
     found["background"] = "transparent"
-    found.setdefault("config", {})["view"] = {"stroke": None}
+    config = found.setdefault("config", {})
+    config["view"] = {"stroke": None}
+    config["axisQuantitative"] = {"tickCount": 8, "labelOverlap": "greedy"}
     return found

@@ -109,14 +109,33 @@ def write_picture(figure: Any, picture: Path) -> None:
     pyplot.close(figure)
 
 
+CSV_HEADER = ["map", "row", "column", "value"]
+
+
 def write_heatmaps_csv(maps: Sequence[HeatMap], path: Path) -> None:
-    """A line for each number: map, row, column, value."""
+    """A line for each number: map, row, column, value. `read_heatmaps_csv` reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["map", "row", "column", "value"])
+        writer.writerow(CSV_HEADER)
         for each in maps:
             for row, line in zip(each.rows, each.values, strict=True):
                 for column, value in zip(each.columns, line, strict=True):
                     if not math.isnan(value):
                         writer.writerow([each.title, row, column, value])
+
+
+def read_heatmaps_csv(path: Path) -> list[HeatMap]:
+    """The maps of a file by `write_heatmaps_csv`; none where the file is another's."""
+    with open(path, newline="") as file:
+        reader = csv.reader(file)
+        if next(reader, None) != CSV_HEADER:
+            return []
+        lines = list(reader)
+    maps = []
+    for title in dict.fromkeys(line[0] for line in lines):
+        cells = {(row, column): float(value) for name, row, column, value in lines if name == title}
+        rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+        values = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
+        maps.append(HeatMap(title, rows, columns, values))
+    return maps

@@ -22,6 +22,7 @@ from mslt.hardware import tabled
 from mslt.plan import Stage, autocast_dtype, sources_in_words, trainable_in_words
 from mslt.report import charts
 from mslt.report.charts import Curves
+from mslt.report.heatmap import read_heatmaps_csv
 from mslt.rundir import RunDir, evaluation_folder, read_plan, read_summaries
 
 MOST_BYTES = 5_000_000  # of the page; pictures beyond it are left out
@@ -169,10 +170,10 @@ def time_parts(runs: list[Curves]) -> list[Table | Chart | Picture]:
     ]
     note = (
         "The diamond is what operations and trainable parameters foretell, at the rates of the stage that has most "
-        "of them; `mslt plan --measure` foretells before a run."
+        "of them; mslt plan --measure foretells before a run."
     )
     return [
-        Chart("a step, part by part", charts.time_chart(runs), note),
+        Chart("a step, part by part", charts.time_chart(runs), note if any(map(charts.predicted, runs)) else ""),
         Table("beside the steps", ["run", "stage", "steps", *BESIDE], beside),
     ]
 
@@ -244,12 +245,12 @@ def starts_table(runs: list[Curves]) -> Table:
 
 
 def evaluation_parts(paths: list[Path], runs: list[Curves]) -> list[Table | Chart | Picture]:
-    """What lies beside the model folders of all stages: scores of GLUE and SQuAD, and pictures."""
+    """What lies beside the model folders of all stages: scores of GLUE and SQuAD, heat maps, and other pictures."""
     found: list[Table | Chart | Picture] = []
     glue: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
     tasks: dict[str, list[str]] = {}
     squad: list[list[str]] = []
-    pictures: list[Picture] = []
+    drawn: list[Chart | Picture] = []
     for run, where, folder in _evaluations(paths, runs):
         for file in sorted(folder.glob("glue-*/results.json")):
             scored = json.loads(file.read_text())["tasks"]
@@ -261,15 +262,18 @@ def evaluation_parts(paths: list[Path], runs: list[Curves]) -> list[Table | Char
             scores = result["scores"]
             squad.append([run, where, result["settings"]["version"], f"{scores['exact']:.2f}", f"{scores['f1']:.2f}"])
         for file in sorted(folder.rglob("*.png")):
-            png = base64.b64encode(file.read_bytes()).decode()
-            pictures.append(Picture(f"{run}, {where}: {file.relative_to(folder)}", png))
+            name, numbers = f"{run}, {where}: {file.relative_to(folder)}", file.with_suffix(".csv")
+            maps = read_heatmaps_csv(numbers) if numbers.exists() else []
+            drawn += [Chart(f"{name.removesuffix('.png')}: {each.title}", charts.heatmap_chart(each)) for each in maps]
+            if not maps:
+                drawn.append(Picture(name, base64.b64encode(file.read_bytes()).decode()))
     for name, rows in glue.items():
         cells = [[run, where, *(scores.get(task, "–") for task in tasks[name])] for run, where, scores in rows]
         note = "Medians of the best setting, in percent; the number of runs in parentheses."
         found.append(Table(f"GLUE, preset {name}", ["run", "", *tasks[name]], cells, note))
     if squad:
         found.append(Table("SQuAD", ["run", "", "version", "exact match", "F1"], squad))
-    return [*found, *pictures]
+    return [*found, *drawn]
 
 
 def _evaluations(paths: list[Path], runs: list[Curves]) -> Iterator[tuple[str, str, Path]]:

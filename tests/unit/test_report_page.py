@@ -17,6 +17,7 @@ from mslt.files import write_json
 from mslt.plan import Plan
 from mslt.report import page
 from mslt.report.charts import predicted, thinned
+from mslt.report.heatmap import HeatMap, draw_heatmaps, write_heatmaps_csv
 from mslt.report.page import read_runs, write_report
 from mslt.rundir import RunDir, evaluation_folder, read_plan
 from mslt.schedule import make_plan
@@ -127,6 +128,31 @@ def test_evaluations_and_pictures_are_shown_as_far_as_there_is_room(
     monkeypatch.setattr(page, "MOST_BYTES", page.BESIDE_PICTURES)
     write_report(runs, tmp_path / "report.html")
     assert "data:image/png" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_heat_map_with_its_numbers_is_drawn_as_a_chart(runs: list[Path], tmp_path: Path) -> None:
+    model = RunDir(runs[0]).stage(0).model
+    model.mkdir()
+    folder = evaluation_folder(str(model)) / "probes"
+    maps = [
+        HeatMap("accuracy, %", ["length", "depth"], ["emb", "0"], [[90.0, 50.0], [20.0, float("nan")]]),
+        HeatMap("tuned − not, points", ["length"], ["emb"], [[-3.5]]),
+    ]
+    draw_heatmaps(maps, folder / "heatmap.png")
+    write_heatmaps_csv(maps, folder / "heatmap.csv")
+    write_report(runs, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "data:image/png" not in html
+    assert "probes/heatmap: accuracy, %</h3>" in html
+    accuracy, difference = specs_of(html)[-2:]
+    assert {(row["row"], row["column"], row["value"]) for row in values(accuracy)} == {
+        ("length", "emb", 90.0), ("length", "0", 50.0), ("depth", "emb", 20.0),
+    }  # fmt: skip
+    scales = [spec["layer"][0]["encoding"]["color"]["scale"] for spec in (accuracy, difference)]
+    assert "domain" not in scales[0]
+    assert scales[1]["domain"] == [-3.5, 0, 3.5]
+    for spec in (accuracy, difference):
+        assert vl_convert.vegalite_to_svg({**spec, "width": 600}).startswith("<svg")
 
 
 def test_foretold_time_is_that_of_a_run_which_keeps_to_operations(runs: list[Path]) -> None:
