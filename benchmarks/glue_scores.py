@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import hardware, heading, table, this_command, write_record
+from mslt.errors import MsltError
 from mslt.evaluate.glue import headline
 from mslt.evaluate.glue_data import read_split
+from mslt.evaluate.glue_grid import chosen_here
 from mslt.evaluate.glue_scores import scores
 from mslt.evaluate.glue_tasks import TASKS
 
@@ -24,10 +26,15 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="what was fine-tuned")
     parser.add_argument("--record", type=Path, required=True)
     arguments = parser.parse_args()
-    rows, provenances = [], []
+    rows, provenances, chosen = [], [], set()
     for folder in arguments.grids:
         provenances.append(json.loads((folder / "grid.json").read_text())["provenance"])
         found = json.loads((folder / "results.json").read_text())
+        if failed := [name for entry in found["tasks"].values() for name in entry["failed"]]:
+            raise MsltError(
+                f"{folder}: fine-tunings failed: {', '.join(failed)}; `mslt evaluate glue` tries them again"
+            )
+        chosen.add(chosen_here(found) or "Nothing was chosen by the scores that are shown.")
         for task, entry in found["tasks"].items():
             rows.append(_row(task, entry, found["settings"]["max_train_rows"], arguments.data_dir))
     commits = sorted({provenance["commit"] for provenance in provenances})
@@ -35,7 +42,7 @@ def main() -> None:
     columns = ["task", "metric", "median", "mean ± deviation", "runs", "one answer", "all metrics, means", "training"]
     lines = [
         *heading(f"GLUE: {arguments.name}", this_command(), provenance, hardware()),
-        "Validation splits, the last epoch of each run. `one answer` is what the most frequent one scores, which a",
+        f"Validation splits. {' '.join(sorted(chosen))} `one answer` is what the most frequent one scores, which a",
         "model that has learnt nothing can reach (of STS-B any one score: 0).",
         "",
         *table(columns, rows),

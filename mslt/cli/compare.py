@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mslt.cli.names import refuse_unknown
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 
@@ -103,8 +104,10 @@ def _runs(runs: list[Path], at: At | None, picture: Path | None, as_json: bool, 
 
     rows, scored = outcomes(runs, at.value if at else None), []
     if glue is not None:  # it loads torch
+        from mslt.evaluate.glue_tasks import PRESETS
         from mslt.report.glue import read_scores, score_tables
 
+        refuse_unknown("--glue", glue, PRESETS)
         scored = [read_scores(run, glue) for run in runs]
     for difference in differences(runs):
         typer.echo(f"not comparable: {difference}", err=True)

@@ -209,7 +209,11 @@ def _print(found: dict[str, Any], cells: "list[Cell]", folder: Path) -> None:
     if found["average"] is not None:
         rows.append(["average", "", f"{found['average']:.1%}", "", "", "", ""])
     header = ["task", "metric", "median", "mean ± deviation", "runs", "best setting", "all metrics, means"]
+    from mslt.evaluate.glue_grid import chosen_here
+
     print_table(header, rows, width=150, title=f"GLUE, validation splits, preset {found['preset']}")
+    if chosen := chosen_here(found):
+        typer.echo(chosen)
     for task, entry in found["tasks"].items():
         for name in entry["failed"]:
             typer.echo(

@@ -137,7 +137,11 @@ def open_for(task: Task, checkpoint: str, seed: int, new_pooler: bool) -> PreTra
     """The checkpoint under a new classifier with the task's labels."""
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if not task.is_regression:
-        head = {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
+        head = {
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(task.labels)),
+            "label2id": {name: i for i, name in enumerate(task.labels)},
+        }
     return open_with_new_head(checkpoint, AutoModelForSequenceClassification, seed, new_pooler, **head)
 
 

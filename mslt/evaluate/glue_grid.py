@@ -69,9 +69,9 @@ def run_glue(
     medians = [median_cell(cells, name, found["tasks"][name]) for name in tasks if found["tasks"][name]["best"]]
     if keeps:
         lacking = [cell for cell in medians if not _model(folder, cell).is_dir()]
-        for cell in lacking:
-            _path(folder, "models", cell).unlink(missing_ok=True)
         again = [_job(folder, "models", source, cell, costs) for cell in lacking]
+        for job in again:
+            job.forget()
         _refuse_failed(run_jobs(again, run_cell, devices, tell))
         for cell in lacking:
             _warn_of_another_score(folder, cell, tell)
@@ -185,6 +185,15 @@ def summary(preset_name: str, preset: Preset, cells: Sequence[Cell], folder: Pat
             "failed": failed,
         }
     return {"preset": preset_name, "source": preset.source, "tasks": tasks}
+
+
+def chosen_here(found: dict[str, Any]) -> str | None:
+    """Says what was chosen by the scores that are shown; None where nothing was."""
+    tasks = found["tasks"].values()
+    several = any(len(entry["settings"]) > 1 for entry in tasks)
+    epochs = any(entry["protocol"]["best_epoch"] for entry in tasks)
+    what = ["the setting"] * several + ["the epoch of each run"] * epochs
+    return f"Chosen by the scores that are shown: {', '.join(what)}." if what else None
 
 
 def protocol(cells: Sequence[Cell]) -> dict[str, Any]:

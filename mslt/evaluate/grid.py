@@ -46,6 +46,12 @@ class Job:
     def failure(self) -> Path:
         return self.path.with_suffix(".failed.txt")
 
+    def forget(self) -> None:
+        """Let it be done again."""
+        self.path.unlink(missing_ok=True)
+        if self.lock.is_file():
+            os.truncate(self.lock, 0)
+
 
 Function = Callable[..., dict[str, Any]]
 Tell = Callable[[str], None]
@@ -57,7 +63,7 @@ class _Grid:
     devices on which a job failed."""
 
     jobs: tuple[Job, ...]
-    num_devices: int
+    devices: tuple[str, ...]
     tell: Tell
     waiting: list[Job]
     tried: dict[Job, list[str]] = field(default_factory=dict)
@@ -71,7 +77,7 @@ class _Grid:
         self.cost_before = self.cost_left()
         if self.waiting:
             num_done = len(self.jobs) - len(self.waiting)
-            self.tell(f"{num_done} of {len(self.jobs)} done before, {self.num_devices} at once")
+            self.tell(f"{num_done} of {len(self.jobs)} done before, {len(self.devices)} at once")
 
     def cost_left(self) -> float:
         """Of all that is not done, by whomever."""
@@ -85,24 +91,34 @@ class _Grid:
                 self.waiting = [job for job in self.waiting if not job.path.is_file()]
                 if self.must_stop or not (self.waiting or self.num_running):
                     return None
-                for job in self.waiting:
-                    if self.num_devices > 1 and device in self.tried.get(job, ()):
-                        continue
-                    try:
-                        lock = stack.enter_context(lock_alone(job.lock, "taken"))
-                    except MsltError:
-                        continue
-                    lock.seek(0)
-                    if lock.read() == _DONE:
-                        wait_until_seen(job.path.is_file)
-                    if job.path.is_file():
-                        stack.close()
-                        continue
-                    lock.truncate(0)  # its file was taken away since
-                    self.waiting.remove(job)
+                locked = self._locked(device, stack)
+                if locked is not None:
+                    self.waiting.remove(locked[0])
                     self.num_running += 1
-                    return job, lock
-            time.sleep(LOOK_S)
+            if locked is None:
+                time.sleep(LOOK_S)
+                continue
+            job, lock = locked
+            lock.seek(0)
+            if lock.read() == _DONE:
+                wait_until_seen(job.path.is_file)
+            if not job.path.is_file():
+                lock.truncate(0)  # its file was taken away since
+                return job, lock
+            stack.close()
+            with self.guard:
+                self.num_running -= 1
+
+    def _locked(self, device: str, stack: ExitStack) -> tuple[Job, IO[str]] | None:
+        """The first job for this device that nobody works on."""
+        for job in self.waiting:
+            if device in self.tried.get(job, ()) and len(set(self.devices)) > 1:
+                continue
+            try:
+                return job, stack.enter_context(lock_alone(job.lock, "taken"))
+            except MsltError:
+                continue
+        return None
 
     def done(self, job: Job) -> None:
         with self.guard:
@@ -136,7 +152,7 @@ def run_jobs(jobs: Sequence[Job], function: Function, devices: Sequence[str], te
     undone = sorted((job for job in jobs if not job.path.is_file()), key=lambda job: -job.cost)
     for job in undone:
         job.path.parent.mkdir(parents=True, exist_ok=True)
-    grid = _Grid(tuple(jobs), len(devices), tell, undone)
+    grid = _Grid(tuple(jobs), tuple(devices), tell, undone)
     with ThreadPoolExecutor(len(devices)) as threads:
         futures = [threads.submit(_work, grid, function, device) for device in devices]
         try:

@@ -57,7 +57,7 @@ def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def open_fitting_tokenizer(config: PretrainedConfig, source: str, other: str | None = None) -> PreTrainedTokenizerBase:
     """The checkpoint's own, or the one that `other` names. MsltError where it has entries that the model of `config`
-    has no embedding of, or pads with another."""
+    has no embedding of, or pads with another, and where both are there and differ."""
     tokenizer = open_tokenizer(other or source)
     remedy = "copy the files of the one that it was trained with there, or give it by --tokenizer"
     if len(tokenizer) > config.vocab_size:
@@ -70,7 +70,19 @@ def open_fitting_tokenizer(config: PretrainedConfig, source: str, other: str | N
             f"{other or source}: its tokenizer pads with entry {tokenizer.pad_token_id}, the model in {source} with "
             f"{config.pad_token_id}; {remedy}"
         )
+    if other is not None and (own := _own_tokenizer(source)) is not None:
+        apart = vocabulary_difference(own.get_vocab(), tokenizer.get_vocab())
+        if apart is not None:
+            raise MsltError(f"{other}: is another tokenizer than the one in {source} ({apart}); leave out --tokenizer, "
+                            "or take away the one there if it is the wrong one")  # fmt: skip
     return tokenizer
+
+
+def _own_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return open_tokenizer(source)
+    except MsltError:
+        return None
 
 
 def open_model(source: str, auto_class: Any, **options: Any) -> tuple[PreTrainedModel, list[str]]:

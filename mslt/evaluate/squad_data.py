@@ -1,6 +1,7 @@
 """SQuAD's own files: questions on paragraphs, with answers as text and place (Rajpurkar et al. 2016, 2018)."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -122,9 +123,11 @@ def digest(questions: Iterable[Question]) -> str:
 
 
 def read_by_id(path: Path, kinds: tuple[type, ...], what: str) -> dict[str, Any]:
-    """A file of predictions or odds: {id: value}. MsltError where it is none, or a value is not of these kinds."""
+    """A file of predictions or odds: {id: value}. MsltError where it is none, or a value is not of these kinds, or not
+    finite."""
     said = _parsed(path)
-    wrong = [id for id, value in said.items() if not isinstance(value, kinds) or isinstance(value, bool)]
+    wrong = [id for id, value in said.items() if not isinstance(value, kinds) or isinstance(value, bool)
+             or (isinstance(value, float) and not math.isfinite(value))]  # fmt: skip
     if wrong:
         raise MsltError(f"{path}: the value of {wrong[0]} is not {what}; it must be {{id: {what}, …}}")
     return said

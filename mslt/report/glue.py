@@ -2,13 +2,15 @@
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from mslt.errors import MsltError
-from mslt.evaluate.glue_tasks import TASKS
+from mslt.evaluate.glue import cells_of
+from mslt.evaluate.glue_grid import protocol
+from mslt.evaluate.glue_tasks import PRESETS, TASKS
 from mslt.evaluate.opening import digest
 from mslt.report import paper
 from mslt.rundir import RunDir, evaluation_folder, read_plan, read_summaries
@@ -34,13 +36,15 @@ class Score:
 
 @dataclass(frozen=True)
 class RunScores:
-    """`protocol` is what was done, by task; `differs` what of it is not the preset's."""
+    """`protocol` is what was done, by task; `differs` what of it is not the paper's; `metrics` are those of the
+    scores."""
 
     run: str
     steps: int
     hours: float
     protocol: dict[str, Any]
     differs: dict[str, list[str]]
+    metrics: dict[str, str]
     validation: dict[str, Score]
     test: dict[str, float]
 
@@ -94,10 +98,18 @@ def read_scores(run: Path, preset: str) -> RunScores:
             "max_train_rows": found["settings"]["max_train_rows"],
             **{task: entry["protocol"] for task, entry in found["tasks"].items()},
         },
-        differs={task: entry["differs"] for task, entry in found["tasks"].items() if entry["differs"]},
+        differs={task: apart for task, entry in found["tasks"].items() if (apart := _not_the_papers(task, entry))},
+        metrics={task: entry["headline"] for task, entry in found["tasks"].items()},
         validation={task: _score(entry) for task, entry in found["tasks"].items()},
         test=_test_scores(folder / "test-scores.json"),
     )
+
+
+def _not_the_papers(task: str, entry: dict[str, Any]) -> list[str]:
+    paper_s = PRESETS["mslt"]
+    meant = protocol(cells_of(paper_s, [task], range(paper_s.num_seeds), "fp32"))
+    metric = [] if entry["headline"] == paper_s.headline(task) else [f"{entry['headline']} as the metric"]
+    return [*metric, *(name for name in meant if entry["protocol"][name] != meant[name])]
 
 
 def _test_scores(path: Path) -> dict[str, float]:
@@ -106,7 +118,8 @@ def _test_scores(path: Path) -> dict[str, float]:
         return {}
     try:
         scores = json.loads(path.read_text())
-        wrong = [f"{task}: {score}" for task, score in scores.items() if task not in TASKS or not 1 < score <= 100]
+        wrong = [f"{task}: {score}" for task, score in scores.items()
+                 if task not in TASKS or not -100 <= score <= 100 or 0 < abs(score) < 1]  # fmt: skip
     except (ValueError, TypeError, AttributeError) as error:
         raise MsltError(f'{path}: not readable ({error}); write it like {{"SST-2": 93.0, "RTE": 66.4}}') from None
     if wrong:
@@ -126,8 +139,8 @@ def _score(entry: dict[str, Any]) -> Score:
 
 def score_tables(runs: list[RunScores]) -> list[ScoreTable]:
     """The validation scores beside the paper's table for what is equal between the runs, steps or time; and where the
-    server's answers lie beside every run's, the test scores. Averages are over what all rows have. MsltError for runs
-    that were fine-tuned in other ways."""
+    server's answers lie beside every run's, the test scores. The paper's score is left out where ours is another
+    metric; averages are over what all rows have. MsltError for runs that were fine-tuned in other ways."""
     for run in runs[1:]:
         unlike = [name for name in run.protocol.keys() & runs[0].protocol.keys()
                   if run.protocol[name] != runs[0].protocol[name]]  # fmt: skip
@@ -142,7 +155,12 @@ def score_tables(runs: list[RunScores]) -> list[ScoreTable]:
         title, reported = "GLUE, validation, at equal time (Table 3)", paper.EQUAL_TIME
     else:
         title, reported = "GLUE, validation; neither steps nor time are equal", paper.EQUAL_STEPS
-    tables = [_table(title, runs, [dict(run.validation) for run in runs], reported)]
+    other = {task for run in runs for task, metric in run.metrics.items() if metric != PRESETS["mslt"].headline(task)}
+    comparable = tuple(
+        replace(row, scores={task: score for task, score in row.scores.items() if task not in other})
+        for row in reported
+    )
+    tables = [_table(title, runs, [dict(run.validation) for run in runs], comparable)]
     if all(run.test for run in runs):
         tables.append(_table("GLUE, test (Table 4)", runs, [dict(run.test) for run in runs], paper.TEST))
     return tables

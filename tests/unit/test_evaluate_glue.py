@@ -23,7 +23,7 @@ from mslt.errors import MsltError
 from mslt.evaluate import glue_grid, glue_tasks, grid
 from mslt.evaluate.fine_tune import FineTuning, fine_tune
 from mslt.evaluate.glue import Cell, Source, cells_of, run_cell
-from mslt.evaluate.glue_grid import median_cell, summary
+from mslt.evaluate.glue_grid import chosen_here, median_cell, summary
 from mslt.evaluate.glue_tasks import PRESETS, TASKS
 from mslt.evaluate.opening import open_with_new_head
 from mslt.files import write_json
@@ -165,6 +165,15 @@ def test_a_head_that_is_there_is_drawn_anew(encoder, glue, tmp_path):
     assert not torch.equal(heads[0], tuned.get_parameter("classifier.weight"))
 
 
+def test_what_was_tuned_on_scores_is_tuned_on_labels(encoder, glue, tmp_path):
+    settings = FineTuning(3e-3, 8, 1, seed=0)
+    run_cell(Source(str(encoder), data_dir=glue, is_subset=True), Cell("STS-B", settings, 16, False, "spearman"),
+             tmp_path / "tuned", "cpu")  # fmt: skip
+    found = run_cell(Source(str(tmp_path / "tuned"), data_dir=glue, is_subset=True),
+                     Cell("RTE", settings, 16, False, "accuracy"), None, "cpu")  # fmt: skip
+    assert 0 <= found["headline"] <= 1
+
+
 def test_a_grid_is_the_same_when_it_goes_on(encoder, glue, tmp_path, in_this_process):
     """Half of it done before, by the same cells; the other half in a second call; as in one."""
     base = (encoder, "--data-dir", glue, "--preset", "quick", *SMALL, "--epochs", "1", "--task", "SST-2", "--seeds", 2)
@@ -265,6 +274,9 @@ def test_the_median_over_seeds_and_then_the_best_setting(tmp_path):
     assert "rate=5e-05_batch=32" not in found["tasks"]["MNLI"]["settings"]
     assert found["tasks"]["SST-2"]["best_run"] == 0.99
     assert found["tasks"]["SST-2"]["differs"] == []
+    assert chosen_here(found) == "Chosen by the scores that are shown: the setting."
+    one = summary("mslt", PRESETS["mslt"], [cell for cell in cells if cell.settings.learning_rate == 3e-5], tmp_path)
+    assert chosen_here(one) is None
 
 
 def test_presets_name_known_tasks():
@@ -311,6 +323,13 @@ def test_checkpoints_that_do_not_fit(glue, tmp_path, in_this_process):
     small, large = write_encoder(tmp_path / "small", vocab_size=10), write_encoder(tmp_path / "large")
     assert "has 20 entries, the model" in refused(small)
     assert "give it by --tokenizer" in refused(small, "--tokenizer", str(large))
+
+    other = write_encoder(tmp_path / "other")
+    held = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = held["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    (other / "tokenizer.json").write_text(json.dumps(held))
+    assert "is another tokenizer than the one in" in refused(large, "--tokenizer", str(other))
 
     bare = write_encoder(tmp_path / "bare")
     BertForMaskedLM.from_pretrained(bare).save_pretrained(bare)  # no pooler

@@ -78,9 +78,10 @@ def test_each_job_is_done_once_the_costly_first(tmp_path):
     assert len(calls(tmp_path)) == 3
 
 
-def test_a_failure_is_told_and_tried_once_more(tmp_path):
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
+def test_a_failure_is_told_and_tried_once_more(tmp_path, devices):
     said: list[str] = []
-    failed = run_jobs(jobs_in(tmp_path, [1, 3, 4, 5]), answer, ["cpu"], said.append)
+    failed = run_jobs(jobs_in(tmp_path, [1, 3, 4, 5]), answer, devices, said.append)
     assert [job.path.stem for job in failed] == ["3"]
     assert "no answer to 3" in failed[0].failure.read_text()
     assert sum("failed: cells, 3" in line for line in said) == 2
@@ -99,6 +100,30 @@ def test_a_broken_device_takes_no_job_with_it(tmp_path):
     """What failed on one device is tried on another; only the broken one fails."""
     assert run_jobs(jobs_in(tmp_path, [1, 2, 4, 7]), fails_on_a, ["a", "b"], print) == []
     assert done(tmp_path) == 4
+
+
+def test_what_was_done_is_forgotten_and_done_again(tmp_path, monkeypatch):
+    jobs = jobs_in(tmp_path, [1, 2])
+    run_jobs(jobs, answer, ["cpu"], print)
+    jobs[0].forget()
+    monkeypatch.setattr("mslt.evaluate.grid.wait_until_seen", lambda is_there: pytest.fail("nothing is to be seen"))
+    run_jobs(jobs, answer, ["cpu"], print)
+    assert calls(tmp_path) == ["2 cpu", "1 cpu", "1 cpu"]
+
+
+def test_what_another_machine_shows_late_keeps_nobody_else_waiting(tmp_path, monkeypatch):
+    jobs = jobs_in(tmp_path, [1, 2])
+    jobs[1].lock.parent.mkdir()
+    jobs[1].lock.write_text("done")  # its file is not seen yet
+
+    def shown(is_there):
+        while not jobs[0].path.is_file():
+            time.sleep(0.01)
+        jobs[1].path.write_text("{}")
+
+    monkeypatch.setattr("mslt.evaluate.grid.wait_until_seen", shown)
+    assert run_jobs(jobs, answer, ["a", "b"], print) == []
+    assert [line.split()[0] for line in calls(tmp_path)] == ["1"]
 
 
 def test_a_full_disk_ends_all(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from mslt.cli.main import app
 from mslt.errors import MsltError
-from mslt.evaluate.glue_tasks import EIGHT
+from mslt.evaluate.glue import cells_of
+from mslt.evaluate.glue_grid import protocol
+from mslt.evaluate.glue_tasks import EIGHT, PRESETS
 from mslt.evaluate.opening import digest
 from mslt.files import write_json
 from mslt.plan import Plan
@@ -26,14 +28,18 @@ def scored(
     headlines: dict[str, list[float]],
     test: dict[str, float] | None = None,
     failed: list[str] | None = None,
+    preset: str = "mslt",
 ):
     write_finished(path, plan, lambda step: 5.0, [step_s] * len(plan.stages))
     model = RunDir(path).stage(len(plan.stages) - 1).model
     model.mkdir()
-    folder = evaluation_folder(str(model)) / "glue-mslt"
+    folder = evaluation_folder(str(model)) / f"glue-{preset}"
     folder.mkdir(parents=True)
+    named = PRESETS[preset]
     tasks = {
         task: {
+            "headline": named.headline(task),
+            "protocol": protocol(cells_of(named, [task], range(named.num_seeds), "fp32")),
             "best": "rate=5e-05_batch=32",
             "headlines": values,
             "median": statistics.median(values),
@@ -42,7 +48,7 @@ def scored(
         }
         for task, values in headlines.items()
     }
-    done = {"protocol": {"num_epochs": 3}, "differs": [], "failed": failed or []}
+    done = {"differs": [], "failed": failed or []}
     write_json(
         folder / "results.json",
         {
@@ -77,6 +83,18 @@ def test_equal_steps_equal_time_and_test(tmp_path, tiny_plan):
         assert text in printed.output
     as_json = CliRunner().invoke(app, ["compare", str(ours), str(other), "--glue", "mslt", "--json"])
     assert json.loads(as_json.stdout)["glue"][0]["validation"]["SST-2"]["median"] == pytest.approx(82.0)
+
+
+def test_another_preset_does_not_stand_beside_the_paper_unsaid(tmp_path, tiny_plan):
+    run = scored(tmp_path / "a", tiny_plan, 1.0, {"SST-2": [0.9], "STS-B": [0.8]}, preset="convexity")
+    read = read_scores(run, "convexity")
+    assert "num_seeds" in read.differs["SST-2"]
+    assert read.differs["STS-B"][0] == f"{PRESETS['convexity'].headline('STS-B')} as the metric"
+    (table,) = score_tables([read])
+    assert "SST-2" in table.reported[0].scores
+    assert "STS-B" not in table.reported[0].scores, "of another metric"
+    misspelt = CliRunner().invoke(app, ["compare", str(run), "--glue", "convex"])
+    assert "did you mean convexity?" in str(misspelt.exception)
 
 
 def test_equal_time_where_steps_differ(tmp_path, tiny_plan, tiny_recipe):
@@ -134,3 +152,8 @@ def test_scores_of_the_server_that_cannot_be(tmp_path, tiny_plan, text):
     next(run.rglob("test-scores.json")).write_text(text)
     with pytest.raises(MsltError, match=r"test-scores\.json"):
         read_scores(run, "mslt")
+
+
+def test_the_server_gives_0_to_one_answer_throughout(tmp_path, tiny_plan):
+    run = scored(tmp_path / "a", tiny_plan, 1.0, {"SST-2": [0.9]}, {"CoLA": 0.0, "STS-B": -2.5})
+    assert read_scores(run, "mslt").test == {"CoLA": 0.0, "STS-B": -2.5}

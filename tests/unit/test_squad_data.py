@@ -158,6 +158,13 @@ def test_files_of_predictions(tmp_path, content, said):
         read_by_id(tmp_path / "p.json", (str,), "text")
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
+def test_odds_that_are_no_number(tmp_path, value):
+    (tmp_path / "odds.json").write_text(f'{{"a": 0.5, "b": {value}}}')
+    with pytest.raises(MsltError, match="the value of b is not a number"):
+        read_by_id(tmp_path / "odds.json", (int, float), "a number")
+
+
 # The hub
 
 
