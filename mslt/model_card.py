@@ -24,6 +24,7 @@ def model_card(plan: Plan, manifest: Manifest, evaluations: Sequence[Evaluations
         tags=[model.family, "pretraining", "mslt"],
     )
     rest = "" if number == len(plan.stages) else " It is an intermediate state: more stages were planned."
+    where = f" in stages; this is the end of stage {number} of {len(plan.stages)}" if len(plan.stages) > 1 else ""
     parameters = stage_cost(model, stage).total_parameters
     return "\n".join(
         [
@@ -33,8 +34,7 @@ def model_card(plan: Plan, manifest: Manifest, evaluations: Sequence[Evaluations
             "",
             f"# {model.family.upper()}, {stage.depth} layers × {model.hidden_size}",
             "",
-            f"An encoder of {parameters / 1e6:,.1f} M parameters, pretrained by mslt in stages; "
-            f"this is the end of stage {number} of {len(plan.stages)}.{rest}",
+            f"An encoder of {parameters / 1e6:,.1f} M parameters, pretrained by mslt{where}.{rest}",
             "",
             "```python",
             "from transformers import AutoModelForPreTraining, AutoTokenizer",
@@ -95,7 +95,7 @@ def _training(plan: Plan, evaluations: Sequence[Evaluations]) -> list[str]:
     ]
     stage, optimizer = plan.stages[0], plan.optimizer
     return [
-        "| stage | layers | from | trains | steps | tokens | held-out MLM before | after |",
+        "| stage | layers | from | trains | steps | positions | held-out MLM before | after |",
         "| ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |",
         *rows,
         "",
@@ -119,7 +119,7 @@ def _data(manifest: Manifest) -> list[str]:
 
 def _limits(plan: Plan, number: int) -> list[str]:
     trained = max(stage.sequence_length for stage in plan.stages[:number])
-    found = ["- It has been pretrained alone: fine-tune it before use.", "- It repeats what its texts say and assume."]
+    found = ["- It has only been pretrained: fine-tune it before use.", "- It repeats what its texts say and assume."]
     if trained < plan.model.max_position_embeddings:
         found.append(
             f"- Positions from {trained} on were never trained: fine-tune on at most {trained} tokens, or after a "

@@ -25,7 +25,9 @@ TrainingRecipe = Annotated[
 ]
 
 
-@app.command("prepare")
+@app.command(
+    "prepare", short_help="Make a shard folder from text.", epilog="Example: mslt data prepare data.yaml data/shards"
+)
 def prepare_command(
     places: Annotated[
         list[str],
@@ -98,7 +100,7 @@ def prepare_command(
         typer.echo(f"  unigram entropy of validation: {manifest.unigram_entropy_nats:.4f} nats a token")
 
 
-@app.command("verify")
+@app.command("verify", short_help="Check every byte of a shard folder.", epilog="Example: mslt data verify data/shards")
 def verify_command(folder: Folder, as_json: AsJson = False) -> None:
     """Check every byte of a shard folder against its manifest."""
     from data_prep.verify import verify
@@ -116,7 +118,9 @@ def verify_command(folder: Folder, as_json: AsJson = False) -> None:
             typer.echo(f"  {example} …")
 
 
-@app.command("show")
+@app.command(
+    "show", short_help="Show one sample, its masks marked.", epilog="Example: mslt data show data/shards --sample 17"
+)
 def show_command(
     folder: Folder,
     sample: Annotated[int, typer.Option(min=0, max=10**10, help="Position in the data, counted from 0.")] = 0,
@@ -131,7 +135,9 @@ def show_command(
     typer.echo(json.dumps(described, indent=2) if as_json else render_sample(described))
 
 
-@app.command("stats")
+@app.command(
+    "stats", short_help="Show lengths, padding and frequent tokens.", epilog="Example: mslt data stats data/shards"
+)
 def stats_command(
     folder: Folder, split: Split = "train", recipe: TrainingRecipe = "bert-base", as_json: AsJson = False
 ) -> None:

@@ -48,7 +48,11 @@ Tolerance = Annotated[
 ]
 
 
-@app.command("train")
+@app.command(
+    "train",
+    short_help="Train a ramp behind each layer.",
+    epilog="Example: mslt exit train runs/bert-base --task SST-2 --out exits",
+)
 def train(
     checkpoint: Annotated[
         str,
@@ -172,7 +176,9 @@ def train(
         typer.echo(f"{out}: {what[found['stages']]}, trained on {found['rows']:,} rows of {task}")
 
 
-@app.command("eval")
+@app.command(
+    "eval", short_help="Score a folder of exits by one rule.", epilog="Example: mslt exit eval exits --threshold 0.2"
+)
 def evaluate(
     folder: Folder,
     threshold: Threshold = None,
@@ -214,7 +220,11 @@ def evaluate(
                + ", ".join(f"{k}: {n}" for k, n in enumerate(num_leaving)))  # fmt: skip
 
 
-@app.command("sweep")
+@app.command(
+    "sweep",
+    short_help="Score every threshold; draw the paper's figures.",
+    epilog="Example: mslt exit sweep exits --out report",
+)
 def sweep(
     folders: Annotated[
         list[Path], typer.Argument(metavar="EXITS…", help="Folders that `mslt exit train` wrote, side by side.")
@@ -253,7 +263,11 @@ def sweep(
             typer.echo(line)
 
 
-@app.command("bench")
+@app.command(
+    "bench",
+    short_help="Measure the saving by the clock.",
+    epilog="Example: mslt exit bench exits --threshold 0.2 --batch-size 32",
+)
 def bench(
     folder: Folder,
     threshold: Annotated[
@@ -308,7 +322,11 @@ def bench(
                    f"{each['speedup']:.2f}× ({min(each['speedups']):.2f} to {max(each['speedups']):.2f})")  # fmt: skip
 
 
-@app.command("calibrate")
+@app.command(
+    "calibrate",
+    short_help="Choose a threshold for a drop or a latency.",
+    epilog="Example: mslt exit calibrate exits --max-drop 0.5",
+)
 def calibrate(
     folder: Folder,
     max_drop: Annotated[
@@ -386,7 +404,11 @@ def calibrate(
                    f"{1e3 * chosen.predicted_s:.2f} (95 %: {1e3 * low:.2f} to {1e3 * high:.2f})")  # fmt: skip
 
 
-@app.command("export")
+@app.command(
+    "export",
+    short_help="Write ONNX or torch.export, a graph a layer.",
+    epilog="Example: mslt exit export exits graphs --threshold 0.3",
+)
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],

@@ -82,7 +82,11 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("train")
+@app.command(
+    "train",
+    short_help="Train heads on a frozen encoder.",
+    epilog="Example: mslt pool train runs/bert-base --task MRPC --task RTE --out heads",
+)
 def train(
     checkpoint: Checkpoint,
     task: Tasks,
@@ -207,7 +211,11 @@ def train(
         _print_heads(made)
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    short_help="Score heads; show what each layer is worth.",
+    epilog="Example: mslt pool eval heads/RTE-adapter-16-seed-0 --importance states.png",
+)
 def evaluate(
     heads: Folders,
     checkpoint: Annotated[
@@ -289,7 +297,11 @@ def evaluate(
         _print_heads(found)
 
 
-@app.command("search")
+@app.command(
+    "search",
+    short_help="Search each method's settings, budgets equal.",
+    epilog="Example: mslt pool search runs/bert-base --task RTE --trials 100 --out search",
+)
 def search(
     checkpoint: Checkpoint,
     task: Tasks,
@@ -365,7 +377,11 @@ def search(
         typer.echo(", ".join(str(out / each.name / "results.json") for each in pool_tasks))
 
 
-@app.command("cache")
+@app.command(
+    "cache",
+    short_help="Write hidden states of training rows to disk.",
+    epilog="Example: mslt pool cache runs/bert-base --task RTE --out cache",
+)
 def cache_states(
     checkpoint: Checkpoint,
     task: Tasks,
@@ -420,7 +436,11 @@ def cache_states(
         typer.echo(f"{out}: written; give it to `mslt pool train` and `search` as --cache")
 
 
-@app.command("errors")
+@app.command(
+    "errors",
+    short_help="Show where heads are right and wrong.",
+    epilog="Example: mslt pool errors heads/RTE-adapter-16-seed-0 heads/RTE-mix-16-seed-0",
+)
 def errors(
     first: Annotated[Path, typer.Argument(metavar="A", help="A head's folder, or a fine-tuned classifier's.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],

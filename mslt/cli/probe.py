@@ -45,7 +45,11 @@ Device = Annotated[str | None, typer.Option(help="Like cpu or cuda:1.", show_def
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("senteval")
+@app.command(
+    "senteval",
+    short_help="Probe every hidden state on SentEval's tasks.",
+    epilog="Example: mslt probe senteval runs/bert-base --data-dir probing",
+)
 def senteval(
     checkpoints: Checkpoints,
     data_dir: Annotated[Path, typer.Option(help="Folder with files of SentEval's probing tasks.")],
@@ -131,7 +135,11 @@ def _finish_checkpoint(
     _draw(accuracy_map(f"{checkpoint.name}: {title}, %", by_task), folder, as_json)
 
 
-@app.command("mlm")
+@app.command(
+    "mlm",
+    short_help="Can a word be read back from a layer?",
+    epilog="Example: mslt probe mlm runs/bert-base --text passages.txt",
+)
 def mlm(
     checkpoints: Checkpoints,
     text: Annotated[
@@ -199,7 +207,11 @@ def mlm(
         typer.echo(json.dumps(found, indent=2))
 
 
-@app.command("make")
+@app.command(
+    "make",
+    short_help="Make probing tasks from any text.",
+    epilog="Example: mslt probe make SentLen BigramShift --text book.txt --out probing",
+)
 def make(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK…", help="SentLen, WordContent, BigramShift.")],
     text: Annotated[
@@ -248,7 +260,11 @@ def _lines(path: Path) -> list[str]:
         raise MsltError(f"--text {path}: not readable as UTF-8 ({error}); give a text file") from None
 
 
-@app.command("compare")
+@app.command(
+    "compare",
+    short_help="Draw what one checkpoint knows beside another.",
+    epilog="Example: mslt probe compare runs/bert-base-full runs/bert-base --stages --picture stages.png",
+)
 def compare(
     checkpoints: Annotated[
         list[str],
@@ -309,7 +325,11 @@ def compare(
             print_table(["", *each.columns], cells, width=46 + 8 * len(each.columns), title=each.title)
 
 
-@app.command("tables")
+@app.command(
+    "tables",
+    short_help="Print the paper's tables of surgery beside ours.",
+    epilog="Example: mslt probe tables plain=plain drop=short-evaluation/glue-convexity",
+)
 def tables(
     methods: Annotated[
         list[str] | None,

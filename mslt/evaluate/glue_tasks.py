@@ -130,7 +130,7 @@ PRESETS = {
     "deebert": _DEEBERT,
     "deebert-roberta": replace(_DEEBERT, source=f"{_DEEBERT.source}, for RoBERTa", num_epochs=10),
     "bertvision": Preset(
-        source="BERTVision (Keung et al.), its backbone's fine-tuning",
+        source="BERTVision, its backbone's fine-tuning",
         tasks=EIGHT,
         learning_rates=(2e-5,),
         num_epochs=1,

@@ -28,8 +28,13 @@ _CANNOT_OPEN = (
 
 
 def locate(checkpoint: str) -> tuple[str, tuple[RunDir, int] | None]:
-    """What transformers opens for it, and the run and stage index it is of. MsltError for a folder without a model."""
+    """What transformers opens for it, and the run and stage index it is of. MsltError for a folder without a model, and
+    for a path that is none."""
     if not Path(checkpoint).is_dir():
+        owner, slash, name = checkpoint.partition("/")  # of a model on the hub
+        if owner in ("", ".", "..") or "/" in name or (slash and Path(owner).exists()):
+            raise MsltError(f"{checkpoint}: no such folder; name that of a checkpoint, of a stage or of a run, or a "
+                            "model on the hub as OWNER/NAME")  # fmt: skip
         return checkpoint, None
     folder, origin = find_model(Path(checkpoint))
     if not (folder / "config.json").is_file():

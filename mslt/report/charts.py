@@ -203,8 +203,8 @@ def time_chart(runs: Sequence[Curves]) -> Spec:
                 for order, (part, value) in enumerate(spent.items())
             ]
         foretold += [
-            {"stage": _stage_name(run, index), "ms": 1000 * seconds, "run": run.label}
-            for index, seconds in predicted(run).items()
+            {"stage": _stage_name(run, index), "ms": 1000 * sum(parts.values()), "run": run.label}
+            for index, parts in predicted(run).items()
         ]
     order = list(dict.fromkeys(row["stage"] for row in rows))
     y = altair.Y("stage:N", title=None, sort=order, axis=altair.Axis(labelLimit=260))
@@ -224,9 +224,9 @@ def time_chart(runs: Sequence[Curves]) -> Spec:
     return _spec(bars + marks if foretold else bars, 26 * max(len(order), 1))
 
 
-def predicted(run: Curves) -> dict[int, float]:
-    """By stage index, seconds of a step: floating-point operations and trainable parameters, at the rates that the
-    finished stage with the most of them reached (mslt.cost). That stage itself is left out."""
+def predicted(run: Curves) -> dict[int, dict[str, float]]:
+    """By stage index, seconds of the parts of a step: floating-point operations and trainable parameters, at the rates
+    that the finished stage with the most of them reached (mslt.cost). That stage itself is left out."""
     done = {summary["stage"] - 1: summary for summary in run.summaries}
     if len(done) < 2:
         return {}
@@ -251,7 +251,7 @@ def predicted(run: Curves) -> dict[int, float]:
         "data": step_s["data"],
     }
     foretold = StepCosts(**costs)
-    return {index: step_total(foretold, model, stages[index]) for index in done if index != reference}
+    return {index: step_parts(foretold, model, stages[index]) for index in done if index != reference}
 
 
 def _operations(plan: Plan, stage: Stage) -> StepCosts:

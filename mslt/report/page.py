@@ -13,7 +13,7 @@ import vl_convert
 from jinja2 import Environment, StrictUndefined
 
 from mslt import metrics
-from mslt.cost import operations, scaled, stage_cost, step_parts
+from mslt.cost import PARTS, operations, scaled, stage_cost, step_parts
 from mslt.data.manifest import MANIFEST_FILE, read_manifest
 from mslt.engine.ds_config import reduced_bytes
 from mslt.errors import MsltError
@@ -110,7 +110,9 @@ def rendered(title: str, sections: list[Section], recipes: dict[str, str]) -> st
         for picture in [part for part in section.parts if isinstance(part, Picture)]:
             room -= len(picture.png)
             if room < 0:
-                section.parts.remove(picture)
+                section.parts[section.parts.index(picture)] = Picture(
+                    f"{picture.title}: left out, the page is full", ""
+                )
     return template.render(
         title=title,
         sections=sections,
@@ -122,14 +124,15 @@ def rendered(title: str, sections: list[Section], recipes: dict[str, str]) -> st
 
 def outcome_table(runs: list[Curves]) -> Table:
     """What each run reached; speed beside the first."""
-    first_s, rows = 0.0, []
+    whole_s: list[float | None] = []  # of a step, over all stages
+    rows = []
     for run in runs:
         steps = sum(summary["steps"] for summary in run.summaries)
         train_s = sum(summary["spent_s"]["train"] for summary in run.summaries)
         heldout = run.of("evaluation")[-1] if run.of("evaluation") else {}
         step_s = train_s / steps if steps else 0.0
-        first_s = first_s or step_s
         done = len(run.summaries) == len(run.plan.stages)
+        whole_s.append(step_s if done else None)
         rows.append(
             [
                 run.label,
@@ -139,7 +142,7 @@ def outcome_table(runs: list[Curves]) -> Table:
                 _number(heldout.get("mlm_accuracy"), ".1%"),
                 _number(heldout.get("nsp_loss"), ".4f"),
                 _duration(train_s),
-                f"{first_s / step_s:.2f}×" if step_s else "–",
+                f"{whole_s[0] / step_s:.2f}×" if whole_s[0] and whole_s[-1] else "–",
                 f"{sum(summary['reduced_bytes'] for summary in run.summaries) / 1e9:,.2f} GB",
             ]
         )
@@ -150,7 +153,7 @@ def outcome_table(runs: list[Curves]) -> Table:
 def loss_charts(runs: list[Curves]) -> list[Table | Chart | Picture]:
     note = (
         "Points are held-out, thin lines training. Below, each run's stages with their number of layers; dashed lines "
-        "are where a run went on after a stop."
+        "are where a run went on after a stop. The axis leaves out the first fall."
     )
     return [
         Chart("over steps", charts.loss_chart(runs, "steps"), note),
@@ -168,12 +171,21 @@ def time_parts(runs: list[Curves]) -> list[Table | Chart | Picture]:
         for run in runs
         for each in run.summaries
     ]
+    foretold = [
+        [run.label, str(index + 1)]
+        + [f"{1000 * spent.get(part, 0.0) / summary['steps']:,.1f} / {1000 * parts[part]:,.1f}" for part in PARTS]
+        for run in runs
+        for index, parts in charts.predicted(run).items()
+        for summary in (run.summaries[index],)
+        for spent in (summary["spent_s"],)
+    ]
     note = (
         "The diamond is what operations and trainable parameters foretell, at the rates of the stage that has most "
-        "of them; mslt plan --measure foretells before a run."
+        "of them, which has none itself; mslt plan --measure foretells before a run."
     )
     return [
-        Chart("a step, part by part", charts.time_chart(runs), note if any(map(charts.predicted, runs)) else ""),
+        Chart("a step, part by part", charts.time_chart(runs), note if foretold else ""),
+        *([Table("measured / foretold, ms a step", ["run", "stage", *PARTS], foretold)] if foretold else []),
         Table("beside the steps", ["run", "stage", "steps", *BESIDE], beside),
     ]
 

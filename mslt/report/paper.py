@@ -84,7 +84,7 @@ EARLY_EXIT = (
 
 @dataclass(frozen=True)
 class Pooling:
-    """A row of Table 1 of BERTVision (Keung et al.): percent on validation splits; accuracy, of CoLA Matthews'
+    """A row of Table 1 of BERTVision: percent on validation splits; accuracy, of CoLA Matthews'
     correlation, of STS-B Pearson's, of SQuAD 2.0 exact match. MSR is MRPC, on other rows than GLUE's (its test file's
     1,725). Averages are left out: the paper's differ from those of its own rows. The rows of BERT are lower than its
     code's README has them, and settings were tuned on the split that is reported."""

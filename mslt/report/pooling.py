@@ -28,9 +28,7 @@ def score_table(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list
             cells.append("–" if found is None else _mean(found))
         rows.append([f"{method}, {_budget(results, method)}", *cells])
     for row in paper.POOLING:
-        rows.append(
-            [f"{row.name} (Keung et al.)", *(f"{row.scores[t]:.1f}" if t in row.scores else "–" for t in tasks)]
-        )
+        rows.append([f"{row.name} (paper)", *(f"{row.scores[t]:.1f}" if t in row.scores else "–" for t in tasks)])
     return ["", *tasks], rows
 
 
@@ -76,7 +74,7 @@ def compression_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
             times = [each[method]["sizes"]["ratio"] for each in both]
             deployed = [each[method]["sizes"]["deployed"] / each[method]["sizes"]["whole"] for each in both]
             rows.append([method, f"{np.mean(times):,.0f}×", f"{np.mean(deployed):.1%}", f"{np.mean(kept):.1%}"])
-    return [*rows, *([f"{name} (Keung et al.)", f"{times:g}×", "–", f"{share}%"]
+    return [*rows, *([f"{name} (paper)", f"{times:g}×", "–", f"{share}%"]
                      for name, times, share in paper.COMPRESSION)]  # fmt: skip
 
 

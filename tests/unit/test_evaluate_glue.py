@@ -320,6 +320,7 @@ def test_checkpoints_that_do_not_fit(glue, tmp_path, in_this_process):
     no_model = tmp_path / "nothing"
     no_model.mkdir()
     assert "no model folder" in refused(no_model)
+    assert "no such folder" in refused(tmp_path / "misspelt")
     small, large = write_encoder(tmp_path / "small", vocab_size=10), write_encoder(tmp_path / "large")
     assert "has 20 entries, the model" in refused(small)
     assert "give it by --tokenizer" in refused(small, "--tokenizer", str(large))

@@ -220,7 +220,7 @@ def test_tables_hold_ours_from_results_and_the_papers(searched: tuple[Path, Any]
     assert header == ["", "SST-2"]
     assert [row[0] for row in rows] == [
         "adapter, 3 trials, 2 seeds", "probe, 3 trials, 2 seeds", "full, 3 trials, 2 seeds",
-        *(f"{each.name} (Keung et al.)" for each in paper.POOLING),
+        *(f"{each.name} (paper)" for each in paper.POOLING),
     ]  # fmt: skip
     assert rows[4][1] == "92.7"
     assert "±" in rows[0][1]
@@ -228,7 +228,7 @@ def test_tables_hold_ours_from_results_and_the_papers(searched: tuple[Path, Any]
     compression = compression_rows(results)
     assert compression[2][0] == "full"
     assert compression[2][3] == "100.0%"
-    assert ["BERTVision (Keung et al.)", "209×", "–", "100%"] in compression
+    assert ["BERTVision (paper)", "209×", "–", "100%"] in compression
     alone = [{**results[0], "methods": {"probe": results[0]["methods"]["probe"]}}]
     assert compression_rows(alone)[0][0].startswith("BERT-base"), "none of ours without full"
 

@@ -18,7 +18,7 @@ from mslt.plan import Plan
 from mslt.report import page
 from mslt.report.charts import predicted, thinned
 from mslt.report.heatmap import HeatMap, draw_heatmaps, write_heatmaps_csv
-from mslt.report.page import read_runs, write_report
+from mslt.report.page import outcome_table, read_runs, write_report
 from mslt.rundir import RunDir, evaluation_folder, read_plan
 from mslt.schedule import make_plan
 from tests.finished import unfinish, write_finished
@@ -107,6 +107,8 @@ def test_a_run_under_way_is_told_as_far_as_it_is(runs: list[Path], tmp_path: Pat
     unfinish(runs[1], 2)
     write_report(runs, tmp_path / "report.html")
     assert "stage 3 of 3" in (tmp_path / "report.html").read_text()
+    full, grown = outcome_table(read_runs(runs)).rows
+    assert (full[7], grown[7]) == ("1.00×", "–"), "its last stage, the costly one, is to come"
 
 
 def test_evaluations_and_pictures_are_shown_as_far_as_there_is_room(
@@ -127,7 +129,9 @@ def test_evaluations_and_pictures_are_shown_as_far_as_there_is_room(
     assert html.count("data:image/png;base64") == 1
     monkeypatch.setattr(page, "MOST_BYTES", page.BESIDE_PICTURES)
     write_report(runs, tmp_path / "report.html")
-    assert "data:image/png" not in (tmp_path / "report.html").read_text()
+    html = (tmp_path / "report.html").read_text()
+    assert "data:image/png" not in html
+    assert "map.png: left out, the page is full" in html
 
 
 def test_a_heat_map_with_its_numbers_is_drawn_as_a_chart(runs: list[Path], tmp_path: Path) -> None:
@@ -170,10 +174,10 @@ def test_foretold_time_is_that_of_a_run_which_keeps_to_operations(runs: list[Pat
         summary["spent_s"]["train"] = sum(parts.values()) * summary["steps"]
     foretold = predicted(grown)
     assert foretold.keys() == {0, 1}, "the stage that trains everything is what they are foretold from"
-    for index, seconds in foretold.items():
-        assert seconds == pytest.approx(
-            grown.summaries[index]["spent_s"]["train"] / grown.summaries[index]["steps"], rel=1e-9
-        )
+    for index, parts in foretold.items():
+        summary = grown.summaries[index]
+        for part, seconds in parts.items():
+            assert seconds == pytest.approx(summary["spent_s"][part] / summary["steps"], rel=1e-9), part
 
 
 def test_names_are_text_not_markup(runs: list[Path], tmp_path: Path) -> None:
