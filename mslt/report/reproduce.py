@@ -97,11 +97,8 @@ _LARGE_PAIR_H = _GPUS_THERE * (42 / 0.23 + 42 / 0.5)
 _PRETRAIN = ("mslt train bert-base --shards data/shards", "mslt train bert-base-full --shards data/shards")
 _GLUE_OF_BOTH = ("mslt evaluate glue runs/bert-base", "mslt evaluate glue runs/bert-base-full")
 _COMPARE = "mslt compare runs/bert-base runs/bert-base-full --glue mslt"
-_EXIT = (
-    "mslt exit train bert-base-uncased --task SST-2 --preset paper --out exits",
-    "mslt exit sweep exits --out report",
-)
-_EXIT_H = 2 * fine_tuning_hours("deebert", BASE)  # both stages
+_EXIT_TASKS = PRESETS["deebert"].tasks
+_TWO_TASKS = ("SST-2", "MRPC")  # of Figures 3 and 5
 _POOL_BACKBONE_H = fine_tuning_hours("bertvision", BASE)
 _CONVEXITY_H = fine_tuning_hours("convexity", BASE)
 _SURGERY_H = fine_tuning_hours("convexity", BASE, paper.SURGERY_TASKS)
@@ -115,6 +112,23 @@ _SMALL = Ours(
     "12 layers × 128 on Wikipedia and books: each of five stages lowers the held-out loss",
     "2026-11-21-real-text-cpu.md",
 )
+
+
+def _exit(size: str, tasks: Sequence[str], with_bench: bool = False) -> tuple[str, ...]:
+    """Both stages of both models of a size on each task, and what the sweep of all of them draws."""
+    models = {f"bert-{size}-uncased": "paper", f"roberta-{size}": "paper-roberta"}
+    folders = {f"exits/{model}-{task}": (model, task, preset) for model, preset in models.items() for task in tasks}
+    return (
+        *(f"mslt exit train {model} --task {task} --preset {preset} --out {folder}"
+          for folder, (model, task, preset) in folders.items()),
+        *(f"mslt exit bench {folder}" for folder in folders if with_bench),
+        f"mslt exit sweep {' '.join(folders)} --out report",
+    )  # fmt: skip
+
+
+def _exit_hours(model: ModelConfig, tasks: Sequence[str]) -> float:
+    """Of both stages of BERT and RoBERTa."""
+    return 2 * sum(fine_tuning_hours(preset, model, tasks) for preset in ("deebert", "deebert-roberta"))
 
 
 def reproductions() -> list[Reproduction]:
@@ -155,18 +169,22 @@ def reproductions() -> list[Reproduction]:
             (*_PRETRAIN, "mslt report runs/bert-base runs/bert-base-full --out report.html"), _PAIR_H, ours=_SMALL,
         ),
         Reproduction(
-            "deebert-t1", "Table 1: scores and time saved at three thresholds", _EXIT, _EXIT_H,
+            "deebert-t1", "Table 1: scores and time saved at three thresholds", _exit("base", _EXIT_TASKS),
+            _exit_hours(BASE, _EXIT_TASKS),
             (("model", "method", "scores, or what is lost", "saved, %"),
              *((row.model, row.method, _scores(row.scores), _scores(row.savings) or "–") for row in paper.EARLY_EXIT)),
         ),
         *(
-            Reproduction(f"deebert-f{number}", f"Figure {number}: {what}", _EXIT, hours)
-            for number, what, hours in (
-                (2, "quality over time saved", _EXIT_H),
-                (3, "expected and measured saving", _EXIT_H),
-                (4, "each exit alone", _EXIT_H),
-                (5, "the same for Large", 2 * fine_tuning_hours("deebert", LARGE, ("SST-2", "MRPC"))),
-                (6, "where rows leave", 2 * fine_tuning_hours("deebert", BASE, ("SST-2",))),
+            Reproduction(
+                f"deebert-f{number}", f"Figure {number}: {what}", _exit(size, tasks, with_bench=number == 3),
+                _exit_hours(BASE if size == "base" else LARGE, tasks),
+            )
+            for number, what, size, tasks in (
+                (2, "quality over time saved", "base", _EXIT_TASKS),
+                (3, "expected and measured saving", "base", _TWO_TASKS),
+                (4, "each exit alone", "base", _EXIT_TASKS),
+                (5, "the same for Large", "large", _TWO_TASKS),
+                (6, "where rows leave", "base", ("SST-2",)),
             )
         ),
         Reproduction(

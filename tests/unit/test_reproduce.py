@@ -26,6 +26,22 @@ def test_its_commands_exist(name: str) -> None:
             refuse_unknown_options(line)
 
 
+def test_early_exit_is_trained_on_the_papers_models_and_tasks() -> None:
+    commands = {one.name: one.commands for one in reproductions() if one.name.startswith("deebert")}
+    trained = {name: [line.split()[3:6:2] for line in lines if " train " in line] for name, lines in commands.items()}
+    tasks = ("SST-2", "MRPC", "QNLI", "RTE", "QQP", "MNLI")
+    assert trained["deebert-t1"] == [[model, task] for model in ("bert-base-uncased", "roberta-base") for task in tasks]
+    assert trained["deebert-f2"] == trained["deebert-f4"] == trained["deebert-t1"]
+    assert {model for model, _ in trained["deebert-f5"]} == {"bert-large-uncased", "roberta-large"}
+    assert {task for _, task in trained["deebert-f6"]} == {"SST-2"}
+    for name, lines in commands.items():
+        num_benches = sum(line.startswith("mslt exit bench ") for line in lines)
+        assert num_benches == (4 if name == "deebert-f3" else 0)
+        assert lines[-1].startswith("mslt exit sweep ")
+        folders = lines[-1].removeprefix("mslt exit sweep ").removesuffix(" --out report").split()
+        assert folders == [line.split()[-1] for line in lines if " train " in line]
+
+
 def test_nothing_of_ours_stands_without_its_record() -> None:
     for one in reproductions():
         if one.ours is not None:
