@@ -6,44 +6,43 @@ python -m benchmarks.early_exit_speed EXITS … --data-dir GLUE --record FILE
 
 import argparse
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from benchmarks.record import hardware, heading, table, this_command, write_record
 from mslt.evaluate.exit_bench import Timed, bench
 from mslt.evaluate.exit_sweep import keep, rules_near
-from mslt.evaluate.exits import exit_logits_of, heldout, open_exits
+from mslt.evaluate.exits import Opened, exit_logits_of, heldout, open_exits
 from mslt.provenance import provenance
 
-COLUMNS = ["exits", "rows at once", "rule", "expected saving", "measured saving", "speed", "turns from – to", "bound"]
+COLUMNS = ["exits", "task", "layers", "rows", "at once", "rule", "expected saving", "measured saving", "speed",
+           "turns from – to", "bound"]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exits", nargs="+", type=Path, help="folders that `mslt exit train` wrote")
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--subset", action="store_true", help="the files hold a part of GLUE")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 1])
     parser.add_argument("--savings", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--max-rows", type=int)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    rows, first = [], None
+    rows = []
     for folder in arguments.exits:
         opened = open_exits(folder, None, "cuda" if torch.cuda.is_available() else "cpu")
-        first = first or opened
-        split = heldout(opened.task, arguments.data_dir, True, None)[: arguments.max_rows]
+        name = opened.task.validation[0]
+        split = heldout(opened.task, arguments.data_dir, arguments.subset, name)[: arguments.max_rows]
         rules = rules_near(keep(opened, split, exit_logits_of(opened.exits, split, opened.batch_of)), arguments.savings)
         for batch_size in arguments.batch_sizes:
             for timed in bench(opened, split, rules, batch_size, arguments.turns, lambda done, total: None):
-                rows.append([folder.name, *_row(timed)])
-    assert first is not None
-    config = first.exits.model.config
+                rows.append([folder.name, *_row(opened, timed)])
     lines = [
         *heading("Early exit: measured saving beside expected", this_command(), provenance(), hardware()),
-        f"{config.num_hidden_layers} layers × {config.hidden_size}, {first.task.name}, {len(split):,} rows of the "
-        f"validation split, {torch.get_num_threads()} threads, fp32. Rows of like length share a batch, padded to its",
+        f"Rows of the validation split{', of a part of GLUE' if arguments.subset else ''}; {torch.get_num_threads()} "
+        "threads, fp32. Rows of like length share a batch, padded to its",
         "longest, the same for both sides; every batch goes through the plain model and through every rule in turn,",
         f"{arguments.turns} times; medians. The expected saving counts layers × rows; `bound` is what it allows.",
         "",
@@ -52,13 +51,17 @@ def main() -> None:
     write_record(arguments.record, lines)
 
 
-def _row(timed: Timed) -> list[str]:
+def _row(opened: Opened, timed: Timed) -> list[str]:
+    config = opened.exits.model.config
     return [
+        opened.task.name,
+        f"{config.num_hidden_layers} × {config.hidden_size}",
+        f"{timed.num_rows:,}",
         str(timed.batch_size),
         str(timed.rule),
         f"{timed.expected_saving:.1%}",
         f"{timed.measured_saving:.1%}",
-        f"{median(timed.plain_s) / median(timed.early_s):.2f}×",
+        f"{timed.speedup:.2f}×",
         f"{min(timed.speedups):.2f} – {max(timed.speedups):.2f}",
         f"{1 / (1 - timed.expected_saving):.2f}×",
     ]

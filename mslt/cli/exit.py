@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mslt.evaluate.glue_data import Row
     from mslt.heads.exit_rule import ExitRule
 
+CALIBRATION = "calibration.json"
+
 app = typer.Typer(help="Early exit: rows leave at the first layer that is sure of its answer.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="EXITS", help="Folder that `mslt exit train` wrote.")]
@@ -107,7 +109,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Instead of the preset's.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of a row.")] = 128,
     max_train_rows: Annotated[int | None, typer.Option(min=1, help="Train on so many.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of heads, ramps, order and dropout.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Of heads, ramps, order and dropout.")] = 42,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name. Default: the checkpoint's own.", show_default=False)
     ] = None,
@@ -118,7 +120,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a ramp behind each layer but the last: on a fine-tuned model they alone, the model frozen; on another
-    both, one after the other, or with --joint at once."""
+    both, one after the other, or with --joint at once. What is done is not done again: the same command goes on after
+    a stop."""
     from mslt.cli.progress import counted_parts
     from mslt.evaluate.exits import PRESETS, make_exits
     from mslt.evaluate.glue import Source
@@ -129,18 +132,28 @@ def train(
 
     _quiet()
     refuse_unknown("--task", task, TASKS)
+    for option, rate in (("--learning-rate", learning_rate), ("--ramp-learning-rate", ramp_learning_rate)):
+        if rate is not None and not 0 < rate < 1:
+            raise MsltError(f"{option} {rate}: must be above 0 and below 1, like 5e-5")
     source, _ = locate(checkpoint)
+    is_tuned = is_classifiers_config(open_config(source))
+    training = PRESETS[preset]
+    initial = ramp_init or training.options.initial
     if joint:
         _refuse_idle(
-            "with --joint model and ramps train at once", "--learning-rate, --epochs",
-            {"--ramp-learning-rate": ramp_learning_rate, "--ramp-epochs": ramp_epochs},
+            "with --joint model and ramps train at once, by --learning-rate and --epochs",
+            {"--ramp-learning-rate": ramp_learning_rate, "--ramp-epochs": ramp_epochs,
+             "--backbone-dropout": backbone_dropout},
         )  # fmt: skip
-    elif is_classifiers_config(open_config(source)):
+    elif is_tuned:
         _refuse_idle(
-            f"{checkpoint} is fine-tuned, its ramps alone are trained", "--ramp-learning-rate, --ramp-epochs",
+            f"{checkpoint} is fine-tuned, its ramps alone are trained, by --ramp-learning-rate and --ramp-epochs",
             {"--learning-rate": learning_rate, "--epochs": epochs},
-        )  # fmt: skip
-    training = PRESETS[preset]
+        )
+    if is_tuned:
+        _refuse_idle(f"{checkpoint} is fine-tuned with the pooler it has", {"--new-pooler": new_pooler or None})
+    if initial not in ("pretrained", "stages"):
+        _refuse_idle("it is for --ramp-init pretrained or stages", {"--ramp-init-from": ramp_init_from})
     stage_1, ramps = training.stage_1, training.ramps
     if joint:  # as a whole model trains, an epoch longer
         stage_1 = replace(stage_1, num_epochs=stage_1.num_epochs + 1)
@@ -162,7 +175,7 @@ def train(
         joint=joint,
         distillation=distillation,
         backbone_dropout=training.backbone_dropout if backbone_dropout is None else backbone_dropout,
-        options=RampOptions(ramp_init or training.options.initial, pooling),
+        options=RampOptions(initial, pooling),
     )
     with counted_parts() as tell:
         found = make_exits(
@@ -193,28 +206,38 @@ def evaluate(
     max_rows: MaxRows = None,
     as_json: Json = False,
 ) -> None:
-    """Run with rows leaving: the task's metrics, the saving, and where rows left. Without a rule, the one that
-    `mslt exit calibrate` chose."""
+    """Run with rows leaving: the task's metrics, the saving, and where rows left. Without a rule, by the one that
+    `mslt exit calibrate` chose; of the rows that it was given, those that it did not choose on."""
     from mslt.cli.progress import counted
-    from mslt.evaluate.exit_sweep import as_plain
-    from mslt.evaluate.exits import run_exits
+    from mslt.evaluate.exit_sweep import as_plain, halves
+    from mslt.evaluate.exits import rows_digest, run_exits
     from mslt.heads.exit_rule import counts, expected_saving
 
-    opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
-    rule = _rule(folder, threshold, patience, tolerance)
+    opened, rows, split = _open(folder, task, data_dir, split, subset, max_rows)
+    rule, calibrated = _rule(opened, threshold, patience, tolerance)
     _refuse_unfit(opened, rule)
+    rule_from = "the command line"
+    if calibrated is not None:
+        data, settings = calibrated["data"], calibrated["settings"]
+        rule_from = f"{CALIBRATION}, chosen on half of {data['rows']:,} rows of {settings['split']}"
+        if data["sha256"] == rows_digest(rows):
+            rows = [rows[index] for index in halves(len(rows), settings["seed"])[1]]
+            rule_from += "; these are the other half"
+        else:
+            rule_from += "; some of them may be among these"
     with counted("rows") as progress:
         exited = run_exits(opened, rows, rule, batch_size, progress, check_every)
     num_leaving = counts(exited[1], opened.exits.num_exits)
     found: dict[str, Any] = {
-        "exits": str(folder), "task": opened.task.name, "rows": len(rows), "rule": as_plain(rule),
+        "exits": str(folder), "task": opened.task.name, "split": split, "rows": len(rows), "rule": as_plain(rule),
+        "rule_from": rule_from,
         "scores": opened.scores(exited[0], rows), "expected_saving": expected_saving(num_leaving),
         "num_leaving": num_leaving,
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    typer.echo(f"{folder}: {opened.task.name}, {len(rows):,} rows, {rule}")
+    typer.echo(f"{folder}: {opened.task.name}, {len(rows):,} rows of {split}; {rule}, from {rule_from}")
     typer.echo("  " + ", ".join(f"{name} {value:.4f}" for name, value in found["scores"].items()))
     typer.echo(f"  {found['expected_saving']:.1%} of the layers saved; rows that left behind layer (from 0): "
                + ", ".join(f"{k}: {n}" for k, n in enumerate(num_leaving)))  # fmt: skip
@@ -234,7 +257,9 @@ def sweep(
     ] = None,
     task: TaskName = None,
     data_dir: Data = None,
-    split: Split = None,
+    split: Annotated[
+        str | None, typer.Option(help="Default: the validation split, of MNLI both.", show_default=False)
+    ] = None,
     subset: Subset = False,
     max_rows: MaxRows = None,
     as_json: Json = False,
@@ -246,14 +271,20 @@ def sweep(
         raise MsltError(f"--out {out}: is no folder; name one, or one that does not exist")
 
     from mslt.evaluate.exit_sweep import plain_sweep
+    from mslt.evaluate.exits import heldout, origin
     from mslt.report.exits import lines, write_report
 
-    found = []
+    found, benches = [], []
     for folder in folders:
-        opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
-        found.append(plain_sweep(str(folder), _kept(opened, rows)))
+        opened = _opened(folder, task)
+        if out is not None:
+            paths = sorted(folder.glob(f"bench-{opened.task.name}-*.json"))
+            benches += [_found_by("bench", path, opened) for path in paths]
+        for name in opened.task.validation if split is None else (split,):
+            rows = heldout(opened.task, data_dir, subset, name)[:max_rows]
+            settings = {"split": name, "subset": subset, "max_rows": max_rows}
+            found.append({**plain_sweep(str(folder), _kept(opened, rows)), **origin(opened, rows, settings)})
     if out is not None:
-        benches = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("bench-*.json"))]
         written = write_report(found, benches, out)
         typer.echo(f"{out}: {', '.join(written)}", err=as_json)
     if as_json:
@@ -291,7 +322,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """The saving by the clock beside the expected one, against the plain model on the same batches, each padded to its
-    longest row alone. Writes EXITS/bench-TASK-BATCH.json, for Figure 3 of `mslt exit sweep`."""
+    longest row alone. Writes EXITS/bench-….json, for Figure 3 of `mslt exit sweep`; its name says task, split, rows,
+    batch and --check-every, and the same measured again takes its place."""
     from mslt.cli.progress import counted
     from mslt.evaluate.exit_bench import bench as run_bench
     from mslt.evaluate.exit_bench import plain
@@ -301,7 +333,9 @@ def bench(
     from mslt.heads.exit_rule import by_entropy, by_patience
 
     rules = [by_entropy(s) for s in threshold or ()] + [by_patience(t, tolerance) for t in patience or ()]
-    opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
+    if not patience:
+        _refuse_idle("it is for --patience", {"--tolerance": tolerance})
+    opened, rows, split = _open(folder, task, data_dir, split, subset, max_rows)
     if not rules:
         rules = rules_near(_kept(opened, rows), [share / 10 for share in range(7)])
     for rule in rules:
@@ -311,7 +345,8 @@ def bench(
     settings = {"batch_size": batch_size, "turns": turns, "check_every": check_every, "split": split, "subset": subset,
                 "max_rows": max_rows}  # fmt: skip
     found = {**plain(str(folder), opened, timed), **origin(opened, rows, settings)}
-    write_json(folder / f"bench-{opened.task.name}-{batch_size}.json", found)
+    name = f"bench-{opened.task.name}-{split}-{len(rows)}-batch-{batch_size}-every-{check_every}"
+    write_json(folder / f"{name}.json", found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -344,7 +379,7 @@ def calibrate(
             "--per-layer", help="A threshold for each layer, with --max-drop. To try: more to fit, so more rows."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the halves and the interval.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and the interval.")] = 0,
     task: TaskName = None,
     data_dir: Data = None,
     split: Split = None,
@@ -371,7 +406,7 @@ def calibrate(
     from mslt.evaluate.exits import origin
     from mslt.files import write_json
 
-    opened, rows = _open(folder, task, data_dir, split, subset, max_rows)
+    opened, rows, split = _open(folder, task, data_dir, split, subset, max_rows)
     kept = _kept(opened, rows)
     share = None if max_drop is None else max_drop / 100
     if max_ms is None:
@@ -385,9 +420,9 @@ def calibrate(
             chosen = choose(kept, None, max_ms / 1e3, clock, per_layer, by, seed)
     settings = {"max_drop": max_drop, "max_ms": max_ms, "by": by, "per_layer": per_layer, "seed": seed, "split": split,
                 "subset": subset, "max_rows": max_rows}  # fmt: skip
-    found = {**asdict(chosen), "rule": as_plain(chosen.rule), "task": opened.task.name, "metric": opened.metric,
+    found = {**asdict(chosen), "rule": as_plain(chosen.rule), "metric": opened.metric,
              **origin(opened, rows, settings)}  # fmt: skip
-    write_json(folder / "calibration.json", found)
+    write_json(folder / CALIBRATION, found)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -427,7 +462,7 @@ def export(
 
     _quiet()
     opened = open_exits(folder, task, "cpu")
-    rule = _rule(folder, threshold, patience, tolerance)
+    rule, _ = _rule(opened, threshold, patience, tolerance)
     _refuse_unfit(opened, rule)
     pair = "It was." if len(opened.task.columns) > 1 else None
     texts = ("A film that is good.", "Bad.", "It is neither of them, and nobody knows why it was made at all.")
@@ -456,41 +491,68 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _refuse_idle(why: str, instead: str, options: dict[str, Any]) -> None:
+def _refuse_idle(why: str, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise MsltError(f"{name} {value}: trains nothing, {why}; give {instead}")
+            raise MsltError(f"{name} {value}: does nothing, {why}; leave it out")
 
 
-def _open(
-    folder: Path, task: str | None, data_dir: Path | None, split: str | None, subset: bool, max_rows: int | None
-) -> "tuple[Opened, list[Row]]":
-    from mslt.evaluate.exits import heldout, open_exits
+def _opened(folder: Path, task: str | None) -> "Opened":
+    from mslt.evaluate.exits import open_exits
     from mslt.evaluate.glue_tasks import TASKS
 
     _quiet()
     if task is not None:
         refuse_unknown("--task", task, TASKS)
-    opened = open_exits(folder, task, _device())
-    return opened, heldout(opened.task, data_dir, subset, split)[:max_rows]
+    return open_exits(folder, task, _device())
 
 
-def _rule(folder: Path, thresholds: list[float] | None, patience: int | None, tolerance: float | None) -> "ExitRule":
+def _open(
+    folder: Path, task: str | None, data_dir: Path | None, split: str | None, subset: bool, max_rows: int | None
+) -> "tuple[Opened, list[Row], str]":
+    """With the rows the name of their split, of MNLI's the matched."""
+    from mslt.evaluate.exits import heldout
+
+    opened = _opened(folder, task)
+    name = split or opened.task.validation[0]
+    return opened, heldout(opened.task, data_dir, subset, name)[:max_rows], name
+
+
+def _rule(
+    opened: "Opened", thresholds: list[float] | None, patience: int | None, tolerance: float | None
+) -> "tuple[ExitRule, dict[str, Any] | None]":
+    """The one that is given; else the one that was calibrated, with all that was then found."""
     from mslt.evaluate.exit_sweep import from_plain
     from mslt.heads.exit_rule import by_entropy, by_patience
 
     if thresholds and patience is not None:
         raise MsltError("--threshold, --patience: rows leave by one of them; give one")
     if patience is not None:
-        return by_patience(patience, tolerance)
+        return by_patience(patience, tolerance), None
+    _refuse_idle("it is for --patience", {"--tolerance": tolerance})
     if thresholds:
-        return by_entropy(thresholds)
-    try:
-        return from_plain(json.loads((folder / "calibration.json").read_text())["rule"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return by_entropy(thresholds), None
+    path = opened.folder / CALIBRATION
+    if not path.is_file():
         raise MsltError(
-            f"{folder}: no rule is given; give --threshold or --patience, or let `mslt exit calibrate` choose"
-        ) from None
+            f"{opened.folder}: no rule is given; give --threshold or --patience, or let `mslt exit calibrate` choose"
+        )
+    found = _found_by("calibrate", path, opened)
+    return from_plain(found["rule"]), found
+
+
+def _found_by(verb: str, path: Path, opened: "Opened") -> dict[str, Any]:
+    """What a command has left of these exits. MsltError where it is damaged, or of others."""
+    from mslt.evaluate.exits import identity
+    from mslt.evaluate.result import refused_if_damaged
+
+    remedy = f"run `mslt exit {verb}` again, or move it away"
+    with refused_if_damaged(path, remedy):
+        found = json.loads(path.read_text())
+        others = [name for name, own in identity(opened).items() if found[name] != own]
+    if others:
+        raise MsltError(f"{path}: is of other exits than are here ({', '.join(others)}); {remedy}")
+    return found
 
 
 def _refuse_unfit(opened: "Opened", rule: "ExitRule") -> None:

@@ -1,10 +1,12 @@
 """Early exit on a task of GLUE: ramps trained, and the logits of all exits over a split, once.
 
-A folder of exits holds `ramps.safetensors`, `ramps.json`, the tokenizer, and `model/` where that was trained here.
+A folder of exits holds `ramps.safetensors`, `ramps.json`, the tokenizer, `model/` where that was trained here, and
+`training.json`: what of, and how, so that the same command goes on where it was stopped.
 
 R rows, B batch, E exits, D width, C labels.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,10 +27,11 @@ from mslt.evaluate.glue_data import Row, read_split
 from mslt.evaluate.glue_scores import answers_of, scores
 from mslt.evaluate.glue_tasks import PRESETS as PRESETS_OF_GLUE
 from mslt.evaluate.glue_tasks import TASKS, Metric, Task
-from mslt.evaluate.opening import locate, open_config, open_fitting_tokenizer, open_model, tokenizer_digest
+from mslt.evaluate.opening import digest, locate, open_config, open_fitting_tokenizer, open_model, tokenizer_digest
 from mslt.evaluate.positions import refuse_over_positions
-from mslt.files import sha256_text
-from mslt.heads.early_exit import MODEL, EarlyExitModel, read_description
+from mslt.evaluate.result import refuse_other, refused_if_damaged
+from mslt.files import sha256_text, write_json
+from mslt.heads.early_exit import DESCRIPTION, MODEL, EarlyExitModel, read_description
 from mslt.heads.exit_rule import ExitRule
 from mslt.heads.off_ramp import RampOptions
 from mslt.models import families
@@ -36,6 +39,7 @@ from mslt.models.checkpoint import save_fine_tuned
 from mslt.provenance import provenance
 from mslt.rundir import RunDir, read_plan
 
+TRAINING = "training.json"
 KEPT_BYTES = 2 << 30  # of what ramps read; beyond it is computed in every epoch
 
 
@@ -298,8 +302,9 @@ def make_exits(
     poolers_from: str | None = None,
 ) -> dict[str, Any]:
     """Train exits for a task and write them to `out`: both stages for a checkpoint that is no classifier yet, the ramps
-    alone for one that is. MsltError for what does not fit, before anything is trained."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    alone for one that is. What `out` holds of the same settings is not done again. MsltError for what does not fit,
+    before anything is trained, and for a training that diverged."""
+    if out.exists() and not (out / TRAINING).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise MsltError(f"{out}: is there, and no empty folder; name another")
     if not 0 <= training.distillation <= 1:
         raise MsltError(f"distillation {training.distillation}: is a share; give 0 to 1")
@@ -318,29 +323,79 @@ def make_exits(
     poolers = poolers_of(training.options.initial, poolers_from, config.num_hidden_layers)
     EarlyExitModel.from_finetuned(model, training.options, poolers=poolers)  # its mistakes, now
     rows = training_rows(source, task)
+    stages = "joint" if training.joint else "ramps" if is_tuned else "both"
+    described = {
+        "task": task.name, "max_tokens": training.max_tokens, "rows": len(rows), "began_from": source.checkpoint,
+        "stages": stages, "training": asdict(training),
+    }  # fmt: skip
+    settings = {
+        "checkpoint": digest(source.checkpoint), "poolers": poolers_from, "tokenizer": tokenizer_digest(tokenizer),
+        "data": rows_digest(rows), "task": task.name, **asdict(training),
+    }  # fmt: skip
+    if (out / TRAINING).is_file():
+        _refuse_other(out / TRAINING, settings)
+        if (out / DESCRIPTION).is_file():
+            EarlyExitModel.from_pretrained(out)  # whole, or an error
+            return described
     model.to(device)
 
     def batch_of(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         return collate(task, tokenizer, rows, training.max_tokens)
 
-    if not is_tuned and not training.joint:
-        _train(model, rows, batch_of, training.stage_1, "fine-tuning", tell)
+    def save(tuned: PreTrainedModel) -> None:
+        save_fine_tuned(out / MODEL, tuned, tokenizer, {"checkpoint": source.checkpoint, "task": task.name})
+
+    if stages == "both":
+        if not (out / MODEL).is_dir():  # else a stopped command left it
+            _train(model, rows, batch_of, training.stage_1, "fine-tuning", tell)
+            _refuse_diverged(model, "give a lower --learning-rate")
+            _claim(out, settings)
+            save(model)
+        model, _ = open_model(str(out / MODEL), AutoModelForSequenceClassification)
+        model.to(device)
     exits = EarlyExitModel.from_finetuned(model, training.options, training.ramps.seed, poolers)
     train_exits(exits, rows, batch_of, training, tell)
-    out.mkdir(parents=True, exist_ok=True)
+    lower = {
+        "joint": "give a lower --learning-rate",
+        "ramps": "give a lower --ramp-learning-rate",
+        "both": f"train ramps on {out / MODEL} with a lower --ramp-learning-rate, into another --out",
+    }
+    _refuse_diverged(exits if training.joint else exits.ramps, lower[stages])
+    _claim(out, settings)
     tokenizer.save_pretrained(out)
-    is_new = not is_tuned or training.joint
-    if is_new:
-        save_fine_tuned(out / MODEL, model, tokenizer, {"checkpoint": source.checkpoint, "task": task.name})
-    else:
+    if stages == "joint":
+        save(model)
+    elif stages == "ramps":
         model.config._name_or_path = str(Path(source.checkpoint).resolve() if Path(source.checkpoint).is_dir()
                                          else source.checkpoint)  # fmt: skip
-    described = {
-        "task": task.name, "max_tokens": training.max_tokens, "rows": len(rows), "began_from": source.checkpoint,
-        "stages": "joint" if training.joint else "ramps" if is_tuned else "both", "training": asdict(training),
-    }  # fmt: skip
     exits.save_pretrained(out, **described)
     return described
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """From here on the folder is of these settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / TRAINING, settings)
+
+
+def _refuse_other(path: Path, settings: dict[str, Any]) -> None:
+    """MsltError where the folder is of other settings."""
+    with refused_if_damaged(path, f"move {path.parent} away, and the same command makes it anew"):
+        before = _flat(json.loads(path.read_text()))
+    refuse_other(path, before, _flat(settings))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of settings as ramps.learning_rate, so that a difference is named by itself."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= {f"{name}.{each}": own for each, own in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _refuse_diverged(trained: nn.Module, remedy: str) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in trained.parameters()):
+        raise MsltError(f"the training diverged: weights are not finite; {remedy}")
 
 
 def poolers_of(initial: str, poolers_from: str | None, depth: int) -> list[PreTrainedModel]:
@@ -372,26 +427,37 @@ def _pooled(source: str) -> PreTrainedModel:
     return model
 
 
-def heldout(task: Task, data_dir: Path | None, is_subset: bool, split: str | None) -> list[Row]:
-    """The rows of a split with labels; without a name the first validation split. MsltError for a split that the task
-    has not, or that has no labels."""
+def heldout(task: Task, data_dir: Path | None, is_subset: bool, split: str) -> list[Row]:
+    """The rows of a split with labels. MsltError for a split that the task has not, or that has no labels."""
     known = ("train", *task.validation)
-    if split is not None and split not in known:
+    if split not in known:
         raise MsltError(f"--split {split}: {task.name} has {', '.join(known)} with labels")
-    return read_split(task, split or task.validation[0], data_dir, is_subset)
+    return read_split(task, split, data_dir, is_subset)
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    return sha256_text(repr(rows))
+
+
+def identity(opened: Opened) -> dict[str, str]:
+    """What tells these exits on this task from others."""
+    described = read_description(opened.folder)
+    return {
+        "task": opened.task.name,
+        "model_sha256": described["model_sha256"]["float32"],
+        "ramps_sha256": described["ramps_sha256"],
+    }
 
 
 def origin(opened: Opened, rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     """Where what is found of these rows comes from: the command's settings, model, ramps, tokenizer, data, device,
     versions."""
-    described = read_description(opened.folder)
     return {
         "settings": settings,
-        "model": described["model"],
-        "model_sha256": described["model_sha256"]["float32"],
-        "ramps_sha256": described["ramps_sha256"],
+        "model": read_description(opened.folder)["model"],
+        **identity(opened),
         "tokenizer": tokenizer_digest(opened.tokenizer),
-        "data": {"rows": len(rows), "sha256": sha256_text(repr(rows))},
+        "data": {"rows": len(rows), "sha256": rows_digest(rows)},
         "device": device_name(opened.exits.device),
         "threads": torch.get_num_threads(),
         "provenance": provenance(),

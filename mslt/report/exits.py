@@ -18,7 +18,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from mslt.evaluate.exit_sweep import best_within
-from mslt.evaluate.glue_tasks import PRESETS
+from mslt.evaluate.glue_tasks import PRESETS, TASKS
 from mslt.files import whole_file, write_json
 from mslt.report import paper
 
@@ -58,6 +58,12 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def data_of(found: dict[str, Any]) -> str:
+    """What a sweep or a bench is of: the task, of MNLI's validation splits which."""
+    task = TASKS[found["task"]]
+    return dict(zip(task.validation, task.zip_names, strict=False)).get(found["settings"]["split"], task.name)
 
 
 def points_of(sweep: Sweep) -> list[Row]:
@@ -102,19 +108,20 @@ def table_rows(sweeps: Sequence[Sweep]) -> list[Row]:
         metric = sweep["metric"]
         base = {
             "model": sweep["exits"],
-            "task": sweep["task"],
+            "is_ours": True,
+            "task": data_of(sweep),
             "metric": metric,
-            "split": "validation",
+            "split": sweep["settings"]["split"],
             "chosen_on": None,
         }
         rows.append({**base, "method": "whole", "score": 100 * sweep["full"][metric], "saving": 0.0})
         for point in chosen(sweep):
             rows.append({**base, "method": rule_of(point), "score": _change(sweep, point),
                          "saving": 100 * point["saving"], "chosen_on": SAME})  # fmt: skip
-    for task in dict.fromkeys(sweep["task"] for sweep in sweeps):
+    for task in _tasks(sweeps):
         for reported in paper.EARLY_EXIT:
             if task in reported.scores:
-                rows.append({"model": f"{reported.model} (Xin et al.)", "task": task,
+                rows.append({"model": f"{reported.model} (Xin et al.)", "is_ours": False, "task": task,
                              "metric": PRESETS["deebert"].headline(task), "split": "test",
                              "method": reported.method, "score": reported.scores[task],
                              "saving": reported.savings.get(task, 0.0),
@@ -125,7 +132,7 @@ def table_rows(sweeps: Sequence[Sweep]) -> list[Row]:
 def curve_rows(sweeps: Sequence[Sweep]) -> list[Row]:
     """Figure 2."""
     return [
-        {"model": sweep["exits"], "task": sweep["task"], "by": kind, "rule": rule_of(point),
+        {"model": sweep["exits"], "task": data_of(sweep), "by": kind, "rule": rule_of(point),
          "saving": point["saving"], "metric": sweep["metric"], "score": point["scores"][sweep["metric"]]}
         for sweep in sweeps
         for kind, points in sweep["points"].items()
@@ -136,7 +143,7 @@ def curve_rows(sweeps: Sequence[Sweep]) -> list[Row]:
 def alone_rows(sweeps: Sequence[Sweep]) -> list[Row]:
     """Figure 4."""
     return [
-        {"model": sweep["exits"], "task": sweep["task"], "exit": k, "metric": sweep["metric"],
+        {"model": sweep["exits"], "task": data_of(sweep), "exit": k, "metric": sweep["metric"],
          "score": found[sweep["metric"]]}
         for sweep in sweeps
         for k, found in enumerate(sweep["alone"])
@@ -146,7 +153,8 @@ def alone_rows(sweeps: Sequence[Sweep]) -> list[Row]:
 def saving_rows(benches: Sequence[dict[str, Any]]) -> list[Row]:
     """Figure 3."""
     return [
-        {"model": bench["exits"], "task": bench["task"], "batch_size": bench["batch_size"], "rule": rule_of(rule),
+        {"model": bench["exits"], "task": data_of(bench), "rows": bench["rows"], "batch_size": bench["batch_size"],
+         "check_every": bench["settings"]["check_every"], "rule": rule_of(rule),
          "expected_saving": rule["expected_saving"], "measured_saving": rule["measured_saving"],
          "speedup": rule["speedup"]}
         for bench in benches
@@ -157,7 +165,7 @@ def saving_rows(benches: Sequence[dict[str, Any]]) -> list[Row]:
 def histogram_rows(sweeps: Sequence[Sweep]) -> list[Row]:
     """Figure 6: of the thresholds of Table 1."""
     return [
-        {"model": sweep["exits"], "task": sweep["task"], "rule": rule_of(point), "saving": point["saving"],
+        {"model": sweep["exits"], "task": data_of(sweep), "rule": rule_of(point), "saving": point["saving"],
          "drop_points": drop_of(sweep, point), "chosen_on": SAME, "exit": k, "rows": rows}
         for sweep in sweeps
         for point in chosen(sweep)
@@ -170,8 +178,8 @@ def lines(sweeps: Sequence[Sweep]) -> list[str]:
     printed = []
     for sweep in sweeps:
         metric = sweep["metric"]
-        printed.append(f"{sweep['exits']}: {sweep['task']}, {sweep['rows']:,} rows, {metric} of the whole model "
-                       f"{100 * sweep['full'][metric]:.1f}")  # fmt: skip
+        printed.append(f"{sweep['exits']}: {sweep['task']}, {sweep['rows']:,} rows of {sweep['settings']['split']}, "
+                       f"{metric} of the whole model {100 * sweep['full'][metric]:.1f}")  # fmt: skip
         alone = ", ".join(f"{k}: {100 * found[metric]:.1f}" for k, found in enumerate(sweep["alone"]))
         printed.append(f"  each exit alone (from 0): {alone}")
         shown = [*chosen(sweep), *(p for p in sweep["points"]["patience"] if p["saving"])][:12]
@@ -197,8 +205,8 @@ def _panels(count: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, l
     return figure, axes
 
 
-def _tasks(sweeps: Sequence[Sweep]) -> list[str]:
-    return list(dict.fromkeys(sweep["task"] for sweep in sweeps))
+def _tasks(found: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(data_of(each) for each in found))
 
 
 def _names(sweeps: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -209,7 +217,7 @@ def _names(sweeps: Sequence[dict[str, Any]]) -> dict[str, str]:
 def _draw_curves(sweeps: Sequence[Sweep]) -> Any:
     figure, grid = _panels(len(_tasks(sweeps)))
     for axes, task in zip(grid, _tasks(sweeps), strict=False):
-        _curves(axes, [sweep for sweep in sweeps if sweep["task"] == task])
+        _curves(axes, [sweep for sweep in sweeps if data_of(sweep) == task])
         axes.set_title(task, fontsize=10)
     figure.suptitle("quality beside the share of layers saved; ● whole model", fontsize=10)
     return figure
@@ -234,7 +242,7 @@ def _curves(axes: Axes, sweeps: Sequence[Sweep]) -> None:
 def _draw_alone(sweeps: Sequence[Sweep]) -> Any:
     figure, grid = _panels(len(_tasks(sweeps)))
     for axes, task in zip(grid, _tasks(sweeps), strict=False):
-        _alone(axes, [sweep for sweep in sweeps if sweep["task"] == task])
+        _alone(axes, [sweep for sweep in sweeps if data_of(sweep) == task])
         axes.set_title(task, fontsize=10)
     figure.suptitle("quality where all rows leave at one exit", fontsize=10)
     return figure
@@ -262,21 +270,21 @@ def _draw_both(sweeps: Sequence[Sweep]) -> Any:
         _alone(right, [sweep])
         for axes in (left, right):
             axes.grid(alpha=0.25)
-            axes.set_title(f"{names[sweep['exits']]}, {sweep['task']}, {sweep['num_exits']} layers", fontsize=9)
+            axes.set_title(f"{names[sweep['exits']]}, {data_of(sweep)}, {sweep['num_exits']} layers", fontsize=9)
     return figure
 
 
 def _draw_savings(benches: Sequence[dict[str, Any]]) -> Any:
-    tasks = list(dict.fromkeys(bench["task"] for bench in benches))
-    figure, grid = _panels(len(tasks))
+    figure, grid = _panels(len(_tasks(benches)))
     names = _names(benches)
-    for axes, task in zip(grid, tasks, strict=False):
+    for axes, task in zip(grid, _tasks(benches), strict=False):
         most = 0.0
-        for index, bench in enumerate(b for b in benches if b["task"] == task):
+        for index, bench in enumerate(b for b in benches if data_of(b) == task):
             rules = sorted(bench["rules"], key=lambda rule: rule["expected_saving"])
             expected = [100 * rule["expected_saving"] for rule in rules]
             axes.plot(expected, [100 * rule["measured_saving"] for rule in rules], "o-", color=f"C{index}",
-                      markersize=4, label=f"{names[bench['exits']]}, batch {bench['batch_size']}")  # fmt: skip
+                      markersize=4, label=f"{names[bench['exits']]}, {bench['rows']:,} rows, batch "
+                      f"{bench['batch_size']}, asked every {bench['settings']['check_every']}")  # fmt: skip
             most = max(most, *expected)
         axes.plot([0, most], [0, most], color="grey", linewidth=0.8, linestyle="--", label="as expected")
         axes.set_title(task, fontsize=10)
@@ -304,7 +312,7 @@ def _draw_histograms(sweeps: Sequence[Sweep]) -> Any:
                            fontsize=8)  # fmt: skip
             axes.set_xticks(range(0, len(shares), 1 if len(shares) <= 12 else 2))
             axes.set_xlabel("layer that rows leave behind, from 0", fontsize=8)
-        row[0].set_ylabel(f"{names[sweep['exits']]}\n{sweep['task']}, % of rows", fontsize=8)
+        row[0].set_ylabel(f"{names[sweep['exits']]}\n{data_of(sweep)}, % of rows", fontsize=8)
     figure.suptitle(f"where rows leave; thresholds chosen on {SAME}", fontsize=9)
     return figure
 
@@ -315,7 +323,7 @@ def _draw_table(rows: Sequence[Row]) -> Any:
     cells: dict[tuple[str, str, int], dict[str, str]] = {}
     seen: dict[tuple[str, str], int] = {}
     for row in rows:
-        is_whole, ours = row["method"] == "whole", row["split"] == "validation"
+        is_whole, ours = row["method"] == "whole", row["is_ours"]
         name = "/".join(Path(row["model"]).parts[-2:]) if ours else row["model"]
         key = (row["model"], row["task"])
         seen[key] = seen.get(key, -1) + 1
@@ -333,6 +341,7 @@ def _draw_table(rows: Sequence[Row]) -> Any:
     )
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)
-    axes.set_title("score, or points lost and the share saved: ours of layers, validation, thresholds chosen on "
-                   f"{SAME}; Xin et al. of time, test", fontsize=8)  # fmt: skip
+    splits = ", ".join(dict.fromkeys(row["split"] for row in rows if row["is_ours"]))
+    axes.set_title(f"score, or points lost and the share saved: ours of layers, {splits}, thresholds chosen on {SAME}; "
+                   "Xin et al. of time, test", fontsize=8)  # fmt: skip
     return figure

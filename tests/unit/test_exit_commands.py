@@ -15,8 +15,11 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from benchmarks import early_exit_options, early_exit_speed
 from mslt.cli.main import app
 from mslt.errors import MsltError
+from mslt.evaluate import exits as exits_module
+from mslt.evaluate.exit_bench import seconds_to_exits
 from mslt.evaluate.exits import exit_logits_of, heldout, open_exits, refuse_labels
 from mslt.evaluate.glue_tasks import TASKS
 from mslt.evaluate.opening import open_tokenizer, tokenizer_digest
@@ -135,14 +138,20 @@ def test_labels_in_another_order_are_refused(task: str, labels: list[str], said:
             refuse_labels("tuned", model, TASKS[task])
 
 
-def test_long_work_is_counted(trained: Path, glue: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, int, int]] = []
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What is said of long work: what is being done, how much of it is, and of how much."""
+    found: list[tuple[str, int, int]] = []
 
     @contextmanager
     def recorder() -> Iterator[Any]:
-        yield lambda *each: told.append(each)
+        yield lambda *each: found.append(each)
 
     monkeypatch.setattr("mslt.cli.progress.counted_parts", recorder)
+    return found
+
+
+def test_long_work_is_counted(trained: Path, glue: list[str], tmp_path: Path, told: list[tuple[str, int, int]]) -> None:
     encoder = write_encoder(tmp_path / "encoder")
     command("train", encoder, "--task", "SST-2", "--out", tmp_path / "exits", "--max-train-rows", "32", *QUICK, *glue)
     assert told == [("fine-tuning", 1, 4), ("fine-tuning", 2, 4), ("fine-tuning", 3, 4), ("fine-tuning", 4, 4),
@@ -150,6 +159,74 @@ def test_long_work_is_counted(trained: Path, glue: list[str], tmp_path: Path, mo
     told.clear()
     command("sweep", trained, *glue)
     assert told == [("all exits", 1, 1)]
+
+
+def stopped(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stops_at", ["train_exits", "EarlyExitModel.save_pretrained"])
+def test_the_same_command_goes_on_after_a_stop(
+    trained: Path, glue: list[str], tmp_path: Path, told: list[Any], stops_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", trained.parent / "encoder", "--task", "SST-2", "--out", tmp_path / "exits", *QUICK, *glue]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"mslt.evaluate.exits.{stops_at}", stopped)
+        assert CliRunner().invoke(app, ["exit", *map(str, arguments)]).exit_code == 130
+    assert told[0][0] == "fine-tuning"
+    assert not (tmp_path / "exits" / "ramps.json").exists()
+    with pytest.raises(MsltError, match=r"other settings \(stage_1.seed 42, now 7, ramps.seed 42, now 7\)"):
+        command(*arguments, "--seed", 7)
+    told.clear()
+    command(*arguments)
+    assert {doing for doing, *_ in told} == {"what ramps read, once", "ramps"}, "the first stage is done"
+    again, whole = (EarlyExitModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "exits", trained))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
+
+
+def test_what_is_done_is_not_done_again(trained: Path, glue: list[str], told: list[Any], tmp_path: Path) -> None:
+    def files() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
+    arguments = ["train", trained / "model", "--task", "SST-2", "--out", tmp_path / "exits", *RAMPS, *glue]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(EarlyExitModel, "save_pretrained", stopped)
+        assert CliRunner().invoke(app, ["exit", *map(str, arguments)]).exit_code == 130
+    first = printed(*arguments)
+    told.clear()
+    before = files()
+    assert printed(*arguments) == first
+    assert not told
+    assert files() == before
+    with pytest.raises(MsltError, match=r"other settings \(ramps.num_epochs 2, now 3\); give another --out"):
+        command(*arguments, "--ramp-epochs", 3)
+    (tmp_path / "exits" / "training.json").write_text("[")
+    with pytest.raises(MsltError, match=r"training.json: is damaged .*; move .*exits away, and the same command"):
+        command(*arguments)
+
+
+def test_a_training_that_diverged_leaves_no_ramps(
+    trained: Path, glue: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(whole: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(p for p in whole.parameters() if p.requires_grad).fill_(torch.nan)
+
+    train_one = exits_module._train
+    encoder, out = trained.parent / "encoder", tmp_path / "exits"
+    monkeypatch.setattr(exits_module, "_train", spoil)
+    for checkpoint, more, said in (
+        (encoder, QUICK, "the training diverged: weights are not finite; give a lower --learning-rate"),
+        (encoder, JOINT, "give a lower --learning-rate"),
+        (trained / "model", RAMPS, "give a lower --ramp-learning-rate"),
+    ):
+        with pytest.raises(MsltError, match=said):
+            command("train", checkpoint, "--task", "SST-2", "--out", out, *more, *glue)
+        assert not out.exists()
+    monkeypatch.setattr(exits_module, "_train", lambda *a: (spoil if a[4] == "ramps" else train_one)(*a))
+    with pytest.raises(MsltError, match=f"train ramps on {out / 'model'} with a lower --ramp-learning-rate"):
+        command("train", encoder, "--task", "SST-2", "--out", out, *QUICK, *glue)
+    assert not (out / "ramps.json").exists()
 
 
 def test_a_regression_leaves_by_patience(glue: list[str], tmp_path: Path) -> None:
@@ -171,7 +248,7 @@ def test_a_regression_leaves_by_patience(glue: list[str], tmp_path: Path) -> Non
 def test_a_sweep_of_kept_logits_is_what_real_runs_give(trained: Path, glue: list[str]) -> None:
     """D6: predictions, exits, metric and saving at five thresholds and each patience."""
     opened = open_exits(trained, None, "cpu")
-    rows = heldout(opened.task, Path(glue[1]), True, None)
+    rows = heldout(opened.task, Path(glue[1]), True, "validation")
     kept = exit_logits_of(opened.exits, rows, opened.batch_of)
     middle = float(np.quantile(-(kept[:-1].log_softmax(-1).exp() * kept[:-1].log_softmax(-1)).sum(-1).numpy(), 0.4))
     for rule, arguments in [
@@ -202,12 +279,14 @@ def test_the_papers_table_and_figures(trained: Path, glue: list[str], tmp_path: 
         assert min(pixels.shape) > 200
         assert pixels.std() > 5
     table = json.loads((tmp_path / "table-1.json").read_text())
-    ours = [row for row in table if row["split"] == "validation"]
+    ours = [row for row in table if row["is_ours"]]
+    assert {row["split"] for row in ours} == {"validation"}
     assert ours[0]["score"] == pytest.approx(100 * swept["full"]["accuracy"])
     assert all(row["score"] >= -3 for row in ours[1:])
     assert [row["chosen_on"] for row in ours] == [None, *["the same rows"] * (len(ours) - 1)]
     assert "chosen on the same rows" in command("sweep", trained, *glue).stdout
-    theirs = [row for row in table if row["split"] == "test"]
+    theirs = [row for row in table if not row["is_ours"]]
+    assert {row["split"] for row in theirs} == {"test"}
     assert {row["chosen_on"] for row in theirs if row["method"] == "DeeBERT"} == {"validation"}
     assert [(r["score"], r["saving"]) for r in theirs if r["method"] == "DeeBERT"][:3] == [
         (-0.2, 21), (-0.6, 40), (-2.1, 47)
@@ -229,14 +308,28 @@ def test_bench_sets_measured_beside_expected(trained: Path, glue: list[str]) -> 
     assert never["num_leaving"] == [0, 0, 0, 24]
     assert always["speedup"] > never["speedup"]
     assert len(always["plain_s"]) == len(always["early_s"]) == 2
-    assert json.loads((trained / "bench-SST-2-8.json").read_text()) == found
+    assert json.loads((trained / "bench-SST-2-validation-24-batch-8-every-1.json").read_text()) == found
     assert_says_where_it_comes_from(found, trained, 24)
-    assert found["settings"] == {"batch_size": 8, "turns": 2, "check_every": 1, "split": None, "subset": True,
-                                 "max_rows": 24}  # fmt: skip
+    assert found["settings"] == {"batch_size": 8, "turns": 2, "check_every": 1, "split": "validation",
+                                 "subset": True, "max_rows": 24}  # fmt: skip
     seldom = printed("bench", trained, "--threshold", "0.7", "--turns", "1", "--batch-size", "8", "--check-every", "0",
                      "--max-rows", "24", *glue)  # fmt: skip
     assert seldom["settings"]["check_every"] == 0
     assert seldom["rules"][0]["num_leaving"] == always["num_leaving"]
+    assert json.loads((trained / "bench-SST-2-validation-24-batch-8-every-1.json").read_text()) == found, "still there"
+
+
+def test_the_time_to_each_exit_is_taken_as_rows_really_leave(
+    trained: Path, glue: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[Any] = []
+    walk = EarlyExitModel.walk
+    monkeypatch.setattr(
+        EarlyExitModel, "walk", lambda self, ids, mask, types: masks.append(mask) or walk(self, ids, mask, types)
+    )
+    opened = open_exits(trained, None, "cpu")
+    assert len(seconds_to_exits(opened, heldout(opened.task, Path(glue[1]), True, "validation")[:2], 1)) == 4
+    assert masks == [None] * 4
 
 
 def assert_says_where_it_comes_from(found: dict[str, Any], exits: Path, num_rows: int) -> None:
@@ -273,18 +366,96 @@ def test_calibration_chooses_on_one_half_and_judges_by_the_other(trained: Path, 
     assert found == printed("calibrate", trained, "--max-drop", "2", *glue), "keyed"
     by_rule = printed("eval", trained, *glue)
     assert by_rule["rule"] == found["rule"]
+    assert (by_rule["rows"], by_rule["split"]) == (32, "validation"), "those that it was not chosen on"
+    assert by_rule["expected_saving"] == pytest.approx(found["saving"], abs=1e-12)
+    said = "calibration.json, chosen on half of 64 rows of validation; these are the other half"
+    assert by_rule["rule_from"] == said
+    assert said in command("eval", trained, *glue).stdout
+    others = printed("eval", trained, "--max-rows", "40", *glue)
+    assert others["rows"] == 40
+    assert others["rule_from"].endswith("; some of them may be among these")
+    given = printed("eval", trained, "--threshold", "0.3", *glue)
+    assert (given["rows"], given["rule_from"]) == (64, "the command line")
     own = printed("calibrate", trained, "--max-drop", "2", "--per-layer", *glue)
     assert len(own["rule"]["thresholds"]) == 3
     assert json.loads((trained / "calibration.json").read_text()) == own
     assert_says_where_it_comes_from(own, trained, 64)
     assert own["settings"] == {"max_drop": 2, "max_ms": None, "by": "entropy", "per_layer": True, "seed": 0,
-                               "split": None, "subset": True, "max_rows": None}  # fmt: skip
+                               "split": "validation", "subset": True, "max_rows": None}  # fmt: skip
     slow = printed("calibrate", trained, "--max-ms", "100000", *glue)
     assert 0 < slow["measured_s"] < 100
     assert 0 < slow["predicted_s"] < 100
     assert "measured; predicted" in command("calibrate", trained, "--max-ms", "100000", *glue).stdout
     with pytest.raises(MsltError, match="the fastest rule takes"):
         command("calibrate", trained, "--max-ms", "0.000001", *glue)
+
+
+def test_what_was_found_of_other_exits_is_refused(trained: Path, glue: list[str], tmp_path: Path) -> None:
+    exits = shutil.copytree(trained, tmp_path / "exits")
+    for path in exits.glob("bench-*"):
+        path.unlink()
+    printed("calibrate", exits, "--max-drop", "2", *glue)
+    printed("bench", exits, "--turns", "1", "--max-rows", "4", *glue)
+    (bench,) = exits.glob("bench-*")
+    for path, verb, remedy in (
+        (exits / "calibration.json", ["eval", exits], "run `mslt exit calibrate` again"),
+        (bench, ["sweep", exits, "--out", tmp_path / "report"], "run `mslt exit bench` again"),
+    ):
+        whole = path.read_text()
+        for name in ("task", "model_sha256", "ramps_sha256"):
+            path.write_text(json.dumps({**json.loads(whole), name: "another"}))
+            with pytest.raises(MsltError, match=rf"{path}: is of other exits than are here \({name}\); {remedy}"):
+                command(*verb, *glue)
+        path.write_text(whole[:99])
+        with pytest.raises(MsltError, match=f"{path}: is damaged .*; {remedy}"):
+            command(*verb, *glue)
+        path.write_text(whole)
+        command(*verb, *glue)
+
+
+def test_a_sweep_says_its_split_and_takes_both_of_mnli(trained: Path, glue: list[str], tmp_path: Path) -> None:
+    (swept,) = printed("sweep", trained, "--split", "train", "--max-rows", "9", "--out", tmp_path / "train", *glue)
+    assert swept["settings"] == {"split": "train", "subset": True, "max_rows": 9}
+    assert_says_where_it_comes_from(swept, trained, 9)
+    table = json.loads((tmp_path / "train" / "table-1.json").read_text())
+    assert {row["split"] for row in table if row["is_ours"]} == {"train"}
+    command("train", write_encoder(tmp_path / "encoder", num_hidden_layers=2), "--task", "MNLI", "--out",
+            tmp_path / "exits", *RAMPS, "--max-train-rows", "32", *glue)  # fmt: skip
+    swept = printed("sweep", tmp_path / "exits", "--out", tmp_path / "report", *glue)
+    assert [each["settings"]["split"] for each in swept] == ["validation_matched", "validation_mismatched"]
+    table = json.loads((tmp_path / "report" / "table-1.json").read_text())
+    whole = {(row["task"], row["is_ours"]): row["score"] for row in table if row["method"] == "whole"}
+    assert [whole[name, True] for name in ("MNLI-m", "MNLI-mm")] == [100 * each["full"]["accuracy"] for each in swept]
+    assert [row["score"] for row in table if (row["task"], row["method"]) == ("MNLI-mm", "whole")][1:] == [83.0, 86.3]
+
+
+def test_the_studies_of_options_and_of_speed(
+    trained: Path, glue: list[str], tmp_path: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def study(module: Any, *arguments: object) -> list[list[str]]:
+        words = [module.__name__, *arguments, *glue, "--record", tmp_path / "record.md"]
+        monkeypatch.setattr("sys.argv", [str(word) for word in words])
+        module.main()
+        lines = [line for line in (tmp_path / "record.md").read_text().splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    options = [trained / "model", "--encoder", trained.parent / "encoder", "--task", "SST-2", "--work", tmp_path,
+               "--only", "mean", "--max-tokens", "16"]  # fmt: skip
+    header, _, row = study(early_exit_options, *options, "--max-train-rows", "32")
+    assert (len(header), row[0]) == (8, "mean")
+    assert all("%" in cell for cell in row[3:])
+    assert ("ramps", 1, 3) in told
+    told.clear()
+    assert study(early_exit_options, *options, "--max-train-rows", "32")[2] == row
+    assert not told, "done before"
+    with pytest.raises(MsltError, match=r"mean-42.training.json: is the result of other settings \(data "):
+        study(early_exit_options, *options)
+    with pytest.raises(MsltError, match="stages: no run directory"):
+        study(early_exit_options, *options, "--only", "stages", "--run", tmp_path / "stages")
+    header, _, *rows = study(early_exit_speed, trained, tmp_path / "mean-42", "--turns", "1", "--max-rows", "3",
+                             "--savings", "0.4", "--batch-sizes", "2")  # fmt: skip
+    assert header[:5] == ["exits", "task", "layers", "rows", "at once"]
+    assert [row[:5] for row in rows] == [[name, "SST-2", "4 × 32", "3", "2"] for name in ("exits", "mean-42")]
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
@@ -313,6 +484,8 @@ def test_exported_graphs_answer_as_the_model(trained: Path, tmp_path: Path, kind
         (["eval", "--threshold", "0.1", "--patience", "2"], "rows leave by one of them"),
         (["eval", "--patience", "0"], "patience 0"),
         (["eval", "--patience", "1", "--tolerance", "-1"], "tolerance -1"),
+        (["eval", "--threshold", "1", "--tolerance", "1"], "--tolerance 1.0: does nothing, it is for --patience"),
+        (["bench", "--tolerance", "1"], "--tolerance 1.0: does nothing, it is for --patience"),
         (["eval", "--patience", "1", "--task", "sst2"], "did you mean SST-2"),
         (["eval", "--patience", "1", "--task", "STS-B"], "has 2 labels, STS-B takes 1"),
         (["eval", "--patience", "1", "--split", "test"], "SST-2 has train, validation with labels"),
@@ -348,9 +521,14 @@ def test_bad_folders_and_checkpoints_are_refused_before_training(
         ([trained / "model", "--task", "SST-2", "--max-tokens", "64"], "has 40 positions"),
         (
             [trained / "model", "--task", "SST-2", "--epochs", "3"],
-            "--epochs 3: trains nothing.*give --ramp-learning-rate",
+            "--epochs 3: does nothing.*by --ramp-learning-rate",
         ),
-        ([trained / "model", "--task", "SST-2", "--joint", "--ramp-epochs", "3"], "--ramp-epochs 3: trains nothing"),
+        ([trained / "model", "--task", "SST-2", "--joint", "--ramp-epochs", "3"], "--ramp-epochs 3: does nothing"),
+        ([trained / "model", "--task", "SST-2", "--joint", "--no-backbone-dropout"], "--backbone-dropout False: does"),
+        ([trained / "model", "--task", "SST-2", "--new-pooler"], "--new-pooler True: does nothing"),
+        ([trained / "model", "--task", "SST-2", "--ramp-init-from", trained], "--ramp-init-from .*: does nothing"),
+        ([trained / "model", "--task", "SST-2", "--ramp-learning-rate", "-1"], "-1.0: must be above 0 and below 1"),
+        ([trained / "model", "--task", "SST-2", "--joint", "--learning-rate", "nan"], "nan: must be above 0 and"),
         ([write_encoder(tmp_path / "flat", num_hidden_layers=1), "--task", "SST-2"], "1 layer"),
         ([tmp_path, "--task", "SST-2"], "no model folder"),
     ):
@@ -360,7 +538,11 @@ def test_bad_folders_and_checkpoints_are_refused_before_training(
             ) else command("train", *arguments, "--out", tmp_path / "out", *glue)
         assert not (tmp_path / "out").exists()
     with pytest.raises(MsltError, match="no empty folder"):
-        command("train", trained / "model", "--task", "SST-2", "--out", trained, *glue)
+        command("train", trained / "model", "--task", "SST-2", "--out", trained / "model", *glue)
+    for verb in (["train", trained / "model", "--task", "SST-2", "--out", tmp_path / "out"], ["calibrate", trained]):
+        refused = CliRunner().invoke(app, ["exit", *map(str, verb), "--seed", "-1", *glue])
+        assert refused.exit_code == 2, refused.output
+        assert "'--seed': Input should be greater than or equal to 0" in refused.output
 
 
 def test_ramps_whose_model_was_changed_are_refused(trained: Path, glue: list[str], tmp_path: Path) -> None:
@@ -378,4 +560,5 @@ def test_the_papers_rows_are_all_there() -> None:
     bert = [row for row in paper.EARLY_EXIT if (row.model, row.method) == ("BERT-base", "DeeBERT")]
     assert [row.savings["RTE"] for row in bert] == [9, 11, 33]
     (layerdrop,) = (row for row in paper.EARLY_EXIT if row.method == "LayerDrop")
-    assert layerdrop.savings == {"SST-2": 50, "MNLI": 50}
+    assert layerdrop.savings == {"SST-2": 50, "MNLI-m": 50}
+    assert [row.scores["MNLI-mm"] for row in bert] == [-0.1, -0.7, -3.8]
