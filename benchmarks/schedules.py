@@ -19,7 +19,7 @@ from mslt.report.curves import draw_curves
 from mslt.report.study import findings, verdict
 from mslt.report.study import table as findings_table
 from mslt.rundir import RunDir, read_plan, read_summaries
-from mslt.study import Arm, Study, heldout_loss, open_study, run_study
+from mslt.study import Arm, Study, heldout_loss, open_study, run_study, tuning_arms
 
 
 def main() -> None:
@@ -59,10 +59,12 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     train, heldout = manifest.splits["train"], manifest.splits["validation"]
     tokens = config.steps * study.base.training.batch_size * study.base.training.sequence_length
     header, *rows = findings_table(found)
-    tried = []
-    for name in config.schedules:
-        arms = [study.arm(name, "time", rate, config.seeds[0]) for rate in config.learning_rates]
-        tried.append([name, *(f"{heldout_loss(arm):.3f}" for arm in arms)])
+    tuning = {name: {arm.learning_rate: arm for arm in tuning_arms(study, name)} for name in config.schedules}
+    rates = sorted({rate for arms in tuning.values() for rate in arms})
+    tried = [
+        [name, *(f"{heldout_loss(arms[rate]):.3f}" if rate in arms else "–" for rate in rates)]
+        for name, arms in tuning.items()
+    ]
     stages = []
     for name, arms in chosen.items():
         summaries = read_summaries(RunDir(arms[0].run))
@@ -86,7 +88,7 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
         "",
         f"## Learning rates, equal time, seed {config.seeds[0]}",
         "",
-        *table(["schedule", *(f"{rate:g}" for rate in config.learning_rates)], tried),
+        *table(["schedule", *(f"{rate:g}" for rate in rates)], tried),
         "",
         f"## Stages, equal time, seed {config.seeds[0]}",
         "",

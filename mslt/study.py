@@ -3,7 +3,8 @@ and equal time. It plans runs and starts them; every run is an ordinary one and 
 
 1. A step of every stage of every schedule is timed, all in turns; equal time is as many steps as take, by these
    figures, what the baseline's take. (So it does not matter what else the machine does while the runs train.)
-2. Every schedule trains for equal time at every learning rate with the first seed; the best held-out loss wins.
+2. Every schedule trains for equal time at every learning rate with the first seed; the best held-out loss wins. Where
+   that is the lowest or highest rate, the next by the same factor is tried, too, until the best lies between others.
 3. With that rate: the other seeds for equal time, and all seeds for equal steps.
 """
 
@@ -238,11 +239,14 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
     MsltError where a run stops for another reason than that it diverges; what is done stays done.
     """
     config = study.config
-    tuning = [study.arm(n, "time", rate, config.seeds[0]) for n in config.schedules for rate in config.learning_rates]
-    _run(study, "learning rates", tuning, train, num_at_once)
+    while True:
+        tuning = {name: tuning_arms(study, name) for name in config.schedules}
+        _run(study, "learning rates", [arm for arms in tuning.values() for arm in arms], train, num_at_once)
+        if all(len(arms) == len(tuning_arms(study, name)) for name, arms in tuning.items()):
+            break
     chosen: dict[str, list[Arm]] = {}
-    for name in config.schedules:
-        best = min((arm for arm in tuning if arm.name == name), key=heldout_loss)
+    for name, arms in tuning.items():
+        best = min(arms, key=heldout_loss)
         if heldout_loss(best) == math.inf:
             raise MsltError(f"study {study.folder}: {name} diverges at every learning rate; add lower ones")
         # Equal steps are equal time for the baseline, and for what costs the same.
@@ -250,6 +254,24 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
         chosen[name] = [study.arm(name, e, best.learning_rate, seed) for e in equals for seed in config.seeds]
     _run(study, "equal time and equal steps", [a for arms in chosen.values() for a in arms], train, num_at_once)
     return chosen
+
+
+def tuning_arms(study: Study, name: str) -> list[Arm]:
+    """What a schedule's learning rate is chosen from, by rising rates. Once all of the study's are done and the best is
+    the lowest or highest, one more beyond it, as far from it as the next, and so on."""
+
+    def arm(rate: float) -> Arm:
+        return study.arm(name, "time", rate, study.config.seeds[0])
+
+    arms = [arm(rate) for rate in sorted(study.config.learning_rates)]
+    while len(arms) > 1 and all(map(_is_done, arms)):
+        losses = [heldout_loss(each) for each in arms]
+        best = losses.index(min(losses))
+        if min(losses) == math.inf or 0 < best < len(arms) - 1:
+            break
+        rate, inner = arms[best].learning_rate, arms[1 if best == 0 else best - 1].learning_rate
+        arms.insert(0 if best == 0 else len(arms), arm(float(f"{rate * rate / inner:.3g}")))
+    return arms
 
 
 def heldout_loss(arm: Arm) -> float:

@@ -36,13 +36,12 @@ class Finding:
     the runs of equal time took of the baseline's by the clock, on a machine that may have done other things.
     `share_to_baseline` is the share of the baseline's time at which its final loss is reached, seed by seed, read off a
     line through both ends, loss over the logarithm of time; None where neither end is that good. `at_most`: one of them
-    is read off the earlier end, which has it already. `rate_at_edge`: the best rate was the lowest or highest tried.
+    is read off the earlier end, which has it already.
     """
 
     name: str
     learning_rate: float
     tuned: bool
-    rate_at_edge: bool
     steps_at_equal_time: int
     clock_share: float
     at_equal_time: Spread
@@ -56,7 +55,6 @@ class Finding:
 
 def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
     """A finding for each schedule, the baseline's first. `chosen` is what `run_study` returned."""
-    rates = sorted(study.config.learning_rates)
     found: list[Finding] = []
     full_s = 0.0
     for name, arms in chosen.items():
@@ -74,8 +72,7 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
             Finding(
                 name=name,
                 learning_rate=timed[0].learning_rate,
-                tuned=len(rates) > 1,
-                rate_at_edge=len(rates) > 1 and timed[0].learning_rate in (rates[0], rates[-1]),
+                tuned=len(study.config.learning_rates) > 1,
                 steps_at_equal_time=timed[0].steps,
                 clock_share=clock_s / full_s,
                 at_equal_time=at_time,
@@ -129,7 +126,7 @@ def table(found: list[Finding]) -> list[list[str]]:
         rows.append(
             [
                 one.name,
-                f"{one.learning_rate:g}{' (edge)' if one.rate_at_edge else ''}",
+                f"{one.learning_rate:g}",
                 f"{one.steps_at_equal_time:,}",
                 f"{one.clock_share:.2f}",
                 str(one.at_equal_time),
@@ -182,7 +179,4 @@ def verdict(found: list[Finding]) -> list[str]:
         )
     else:
         lines.append(f"No schedule comes to the final loss of {first.name} in every seed within its time.")
-    edges = [one.name for one in found if one.rate_at_edge]
-    if edges:
-        lines.append(f"The best learning rate was the lowest or highest tried for {', '.join(edges)}: try more.")
     return lines

@@ -26,7 +26,7 @@ from mslt.plan import Plan
 from mslt.report.study import Finding, Spread, as_json, findings, share_to_reach, table, verdict
 from mslt.rundir import RunDir, read_plan
 from mslt.schedule import make_plan
-from mslt.study import Arm, Study, heldout_loss, kind_of, open_study, run_study
+from mslt.study import Arm, Study, heldout_loss, kind_of, open_study, run_study, tuning_arms
 from tests import stand_in
 from tests.stand_in import loss_of
 
@@ -93,8 +93,9 @@ def test_rates_are_tuned_with_one_seed_and_the_best_takes_the_others(
     study: Study, chosen: dict[str, list[Arm]], folder: Path
 ) -> None:
     tuned = [f"{arm}-{rate}-0-{steps}" for arm, steps in (("full", 60), ("mslt", 90)) for rate in (0.01, 0.02, 0.04)]
+    beyond = ["mslt-0.005-0-90"]  # its best was the lowest
     best = ["full-0.02-3-60", "mslt-0.01-3-90", "mslt-0.01-0-60", "mslt-0.01-3-60"]
-    assert calls(folder) == Counter([*tuned, *best]), "each once"
+    assert calls(folder) == Counter([*tuned, *beyond, *best]), "each once"
     found = {name: [(a.equal, a.learning_rate, a.seed, a.steps) for a in arms] for name, arms in chosen.items()}
     assert found == {
         "full": [("time", 0.02, 0, 60), ("time", 0.02, 3, 60)],
@@ -143,14 +144,13 @@ def test_findings_by_hand(study: Study, chosen: dict[str, list[Arm]]) -> None:
     reached = (2 / 3) ** (1 - 0.1 / (0.5 * math.log(1.5)))
     full, grown = findings(study, chosen)
     assert full == Finding(
-        name="full", learning_rate=0.02, tuned=True, rate_at_edge=False, steps_at_equal_time=60, clock_share=1.0,
+        name="full", learning_rate=0.02, tuned=True, steps_at_equal_time=60, clock_share=1.0,
         at_equal_time=near(4.9, 4.93), at_equal_time_minus_baseline=Spread((0.0, 0.0)), share_of_time=1.0,
         at_equal_steps=near(4.9, 4.93), at_equal_steps_minus_baseline=Spread((0.0, 0.0)),
         share_to_baseline=Spread((1.0, 1.0)), at_most=False,
     )  # fmt: skip
     assert grown == Finding(
         name="mslt k=2", learning_rate=0.01, tuned=True,
-        rate_at_edge=True,  # 0.01 is the lowest of the rates, though not the first in the list
         steps_at_equal_time=90, clock_share=pytest.approx(1.5),  # type: ignore[arg-type]
         at_equal_time=near(late, late + 0.03), at_equal_time_minus_baseline=near(late - 4.9, late - 4.9),
         share_of_time=pytest.approx(2 / 3),  # type: ignore[arg-type]
@@ -228,18 +228,32 @@ def test_what_is_done_and_what_it_will_take_is_said(
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert said.out == "", "stdout is the report's"
-    # Six of 720 s, two at once; then two are done, two of 720 s are not and two of 480 s.
+    # Six of 720 s, two at once; one more; then two are done, two of 720 s are not and two of 480 s.
     assert lines[0] == "learning rates: 6 runs, 0 done; the others take about 0.6 h of training"
-    assert lines[1] == "1 of 6, full/time-0.02-0: 60 steps, held-out MLM 4.9000"
+    assert lines[2] == "2 of 6, full/time-0.02-0: 60 steps, held-out MLM 4.9000"
     assert lines[6] == f"6 of 6, mslt-k=2/time-0.04-0: 90 steps, held-out MLM {loss_of('mslt', 0.04, 0, 90):.4f}"
-    assert lines[7] == "equal time and equal steps: 6 runs, 2 done; the others take about 0.3 h of training"
-    assert lines[8] == "1 of 4, full/time-0.02-3: 60 steps, held-out MLM 4.9300"
-    assert len(lines) == 12
+    assert lines[7] == "learning rates: 7 runs, 6 done; the others take about 0.1 h of training"
+    assert lines[9] == "equal time and equal steps: 6 runs, 2 done; the others take about 0.3 h of training"
+    assert lines[10] == "1 of 4, full/time-0.02-3: 60 steps, held-out MLM 4.9300"
+    assert len(lines) == 14
     run_study(study, stand_in.trainer(tmp_path), 2)
     assert [line.split(";")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "learning rates: 6 runs, 6 done",
+        "learning rates: 7 runs, 7 done",
         "equal time and equal steps: 6 runs, 6 done",
     ]
+
+
+def test_rates_are_tried_until_the_best_lies_between_others(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
+    """From rates four and eight times too low, and four times too high."""
+    study = opened(tmp_path, tiny_sections, learning_rates=[0.0025, 0.005], seeds=[0])
+    chosen = run_study(study, stand_in.trainer(tmp_path), 2)
+    assert {name: arms[0].learning_rate for name, arms in chosen.items()} == {"full": 0.02, "mslt k=2": 0.01}
+    rates = {name: [arm.learning_rate for arm in tuning_arms(study, name)] for name in chosen}
+    assert rates == {"full": [0.0025, 0.005, 0.01, 0.02, 0.04], "mslt k=2": [0.0025, 0.005, 0.01, 0.02]}
+    high = opened(tmp_path / "high", tiny_sections, learning_rates=[0.08, 0.04], seeds=[0])
+    chosen = run_study(high, stand_in.trainer(tmp_path / "high"), 2)
+    assert [arm.learning_rate for arm in tuning_arms(high, "mslt k=2")] == [0.005, 0.01, 0.02, 0.04, 0.08]
+    assert chosen["mslt k=2"][0].learning_rate == 0.01
 
 
 def test_a_run_that_diverges_is_no_candidate(
@@ -286,7 +300,7 @@ def test_where_every_rate_diverges_lower_ones_are_asked_for(tmp_path: Path, tiny
     (tmp_path / "fails.json").write_text(json.dumps(failing))
     with pytest.raises(MsltError, match=r"mslt k=2 diverges at every learning rate; add lower ones"):
         run_study(study, stand_in.trainer(tmp_path), 2)
-    assert sum(calls(tmp_path).values()) == 4, "the tuning and no more"
+    assert sum(name.startswith("mslt") for name in calls(tmp_path)) == 2, "the tuning and no more"
 
 
 def test_a_seed_that_diverges_at_the_chosen_rate_is_reported(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
@@ -326,7 +340,7 @@ def test_what_costs_the_same_runs_for_equal_time_alone(tmp_path: Path, tiny_sect
     assert stable.at_equal_steps == stable.at_equal_time
     assert stable.share_of_time == 1.0
     assert stable.share_to_baseline == Spread((1.0, 1.0))
-    assert (stable.tuned, stable.rate_at_edge) == (False, False), "of one rate no edge is told"
+    assert not stable.tuned
 
 
 def test_a_folder_holds_one_study(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
@@ -541,7 +555,7 @@ def finding(
     """Of three seeds, against BASELINE_LOSSES."""
     minus = [Spread(tuple(a - b for a, b in zip(each, BASELINE_LOSSES, strict=True))) for each in (at_time, at_steps)]
     usual: dict[str, Any] = {
-        "learning_rate": 0.02, "tuned": True, "rate_at_edge": False, "steps_at_equal_time": round(60 / share),
+        "learning_rate": 0.02, "tuned": True, "steps_at_equal_time": round(60 / share),
         "clock_share": 1.0, "at_most": False,
     }  # fmt: skip
     return Finding(
@@ -556,7 +570,7 @@ BASELINE = finding("full", BASELINE_LOSSES, BASELINE_LOSSES, 1.0, Spread((1.0, 1
 # At equal time 0.11, 0.1 and 0.09 nats before full, at equal steps 0.05 and 0.01 behind and 0.03 before.
 FASTER = finding(
     "mslt k=2", (2.87, 2.9, 2.93), (3.03, 3.01, 2.99), 2 / 3, Spread((0.7, 0.75, 0.8)), learning_rate=0.01,
-    rate_at_edge=True, clock_share=1.13,
+    clock_share=1.13,
 )  # fmt: skip
 NEVER = finding("late", (3.19, 3.2, 3.21), (3.4, 3.4, 3.4), 0.5, None)
 AT_ONCE = finding("early", (2.8, 2.8, 2.8), (2.95, 2.95, 2.95), 0.5, Spread((0.5, 0.5, 0.5)), at_most=True)
@@ -569,7 +583,7 @@ def test_the_table_by_hand() -> None:
     assert [len(row) for row in rows] == [len(header)] * 4
     assert rows == [
         ["full", "0.02", "60", "1.00", "3.000 ± 0.020", "–", "1.00", "3.000 ± 0.020", "–", "–"],
-        ["mslt k=2", "0.01 (edge)", "90", "1.13", "2.900 ± 0.030", "-0.100 ± 0.010", "0.67", "3.010 ± 0.020",
+        ["mslt k=2", "0.01", "90", "1.13", "2.900 ± 0.030", "-0.100 ± 0.010", "0.67", "3.010 ± 0.020",
          "+0.010 ± 0.040", "0.750 ± 0.050"],
         ["late", "0.02", "120", "1.00", "3.200 ± 0.010", "+0.200 ± 0.010", "0.50", "3.400 ± 0.000", "+0.400 ± 0.020",
          "not reached"],
@@ -585,7 +599,6 @@ def test_the_verdict_by_hand() -> None:
         "At equal steps full is best with 3.000 ± 0.020, 0.010 ± 0.040 nats before mslt k=2 (seed by seed); that is "
         "within the spread over seeds. full has 3.000 ± 0.020. The learning rates were tuned at equal time.",
         "mslt k=2 comes to the final loss of full first, in 0.750 ± 0.050 of its time.",
-        "The best learning rate was the lowest or highest tried for mslt k=2: try more.",
     ]
     lines = verdict([BASELINE, FASTER, AT_ONCE])
     assert lines[0].startswith("At equal time early is best with 2.800 ± 0.000, 0.100 ± 0.030 nats before mslt k=2 (")
@@ -593,7 +606,7 @@ def test_the_verdict_by_hand() -> None:
     assert verdict([BASELINE, NEVER])[2:] == [
         "No schedule comes to the final loss of full in every seed within its time."
     ]
-    untuned = [replace(one, tuned=False, rate_at_edge=False) for one in (BASELINE, FASTER)]
+    untuned = [replace(one, tuned=False) for one in (BASELINE, FASTER)]
     assert verdict(untuned)[1].endswith("full has 3.000 ± 0.020. The learning rate was not tuned.")
 
 
