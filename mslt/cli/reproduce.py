@@ -26,7 +26,12 @@ def reproduce(
         refuse_unknown("NAME", name, every)
         every = {name: every[name]}
     if as_json:
-        typer.echo(json.dumps([{**asdict(one), "status": known.status(one)} for one in every.values()], indent=2))
+        typer.echo(
+            json.dumps(
+                [{**asdict(one), "gpu_hours": one.gpu_hours, "status": known.status(one)} for one in every.values()],
+                indent=2,
+            )
+        )
     elif markdown:
         typer.echo("\n".join(known.markdown(list(every.values()))))
     elif name is None:
@@ -42,5 +47,7 @@ def reproduce(
             typer.echo("")
             header, *reported = map(list, one.reported)
             print_table(header, reported, width=150, title="as the paper has it")
+        if one.note:
+            typer.echo(f"\n{one.note}")
         if one.ours is not None:
             typer.echo(f"\nhere, in small: {one.ours.found} ({known.RECORDS}/{one.ours.record})")

@@ -83,6 +83,23 @@ EARLY_EXIT = (
 
 
 @dataclass(frozen=True)
+class ExitHistogram:
+    """A panel of Figure 6 of Xin et al. 2020: SST-2, a threshold, percent of time saved, points lost."""
+
+    model: str
+    threshold: float
+    saving: int
+    drop: float
+
+
+EXIT_HISTOGRAMS = (
+    ExitHistogram("BERT-base", 0.01, 25, 0.2), ExitHistogram("BERT-base", 0.05, 34, 0.7),
+    ExitHistogram("BERT-base", 0.4, 61, 5.8), ExitHistogram("RoBERTa-base", 0.3, 34, 0.1),
+    ExitHistogram("RoBERTa-base", 0.55, 55, 1.3), ExitHistogram("RoBERTa-base", 0.6, 61, 3.7),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Pooling:
     """A row of Table 1 of BERTVision: percent on validation splits; accuracy, of CoLA Matthews'
     correlation, of STS-B Pearson's, of SQuAD 2.0 exact match. MSR is MRPC, on other rows than GLUE's (its test file's
@@ -112,6 +129,16 @@ COMPRESSION = (
     ("BERT-base", 1.0, 100), ("BERTVision", 209.0, 100), ("BERT-48", 62.0, 87), ("BERT-192", 5.7, 93),
     ("SqueezeBERT", 2.3, 96), ("MobileBERT", 4.3, 100), ("AdapterBERT", 0.8, 99),
 )  # fmt: skip
+
+
+# Its section 5.1, percent: a fine-tuned BERT and a head (AP).
+POOLING_ERRORS = (
+    ("task", "model", "positives predicted", "positives found", "negatives right", "correct in both"),
+    ("RTE", "BERT", "67.5", "78.7", "45.0", "45.5"),
+    ("RTE", "AP", "44.0", "56.8", "70.2", "45.5"),
+    ("MRPC", "BERT", "69.1", "87.3", "67.0", "71.5"),
+    ("MRPC", "AP", "70.7", "87.7", "63.9", "71.5"),
+)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from mslt.report.reproduce import BASE, RECORDS, fine_tuning_hours, markdown, pass_hours, reproductions
+from mslt.report.reproduce import (
+    BASE,
+    LARGE,
+    RECORDS,
+    fine_tuning_hours,
+    hours_of,
+    markdown,
+    pass_hours,
+    reproductions,
+)
 from tests.command_lines import refuse_unknown_options
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
-    "mslt-t2", "mslt-t3", "mslt-t4", "mslt-f3", "mslt-f4", "deebert-t1", "deebert-f2", "deebert-f3", "deebert-f4",
-    "deebert-f5", "deebert-f6", "bv-t1", "bv-t2", "conv-t1", "conv-t2", "conv-f1", "conv-f2", "conv-f4",
+    "mslt-t2", "mslt-t3", "mslt-t4", "mslt-f2", "mslt-f3", "mslt-f4",
+    "deebert-t1", "deebert-f2", "deebert-f3", "deebert-f4", "deebert-f5", "deebert-f6",
+    "bv-t1", "bv-t2", "bv-f1", "bv-e", "conv-t1", "conv-t2", "conv-f1", "conv-f2", "conv-f4",
 ]  # fmt: skip
 
 
@@ -22,7 +32,7 @@ def test_every_table_and_figure_is_listed_once() -> None:
 def test_its_commands_exist(name: str) -> None:
     (one,) = (one for one in reproductions() if one.name == name)
     for line in one.commands:
-        if not line.startswith(("printf ", "hf ")):  # a recipe, a download
+        if not line.startswith(("printf ", "hf ", "git ")):  # a recipe, downloads
             refuse_unknown_options(line)
 
 
@@ -51,9 +61,46 @@ def test_nothing_of_ours_stands_without_its_record() -> None:
 def test_hours_are_operations_at_a_v100s_rate() -> None:
     width, tokens, rows = 768, 128, 1000
     layer = tokens * (24 * width**2 + 4 * tokens * width)
-    assert pass_hours(BASE, rows) == pytest.approx(3 * 12 * layer * rows / (125e12 * 0.35) / 3600)
+    assert pass_hours(BASE, rows) == pytest.approx(3 * 12 * layer * rows / (15.7e12 * 0.65) / 3600)
     # 4 rates, 5 seeds, 10 epochs of 2,490 rows.
     assert fine_tuning_hours("mslt", BASE, ["RTE"]) == pytest.approx(pass_hours(BASE, 20 * 10 * 2490))
+
+
+def test_hours_are_those_of_the_commands() -> None:
+    assert hours_of("mslt train bert-base --shards data/shards") == 32 * 40
+    assert hours_of("mslt evaluate glue runs/bert-large --task RTE") == fine_tuning_hours("mslt", LARGE, ["RTE"])
+    assert hours_of("mslt evaluate glue copied --preset convexity --task RTE --task CoLA --out copy") == (
+        fine_tuning_hours("convexity", BASE, ["RTE", "CoLA"])
+    )
+    assert hours_of("mslt exit train roberta-base --task RTE --preset paper-roberta --out e") == (
+        2 * fine_tuning_hours("deebert-roberta", BASE, ["RTE"])
+    )
+    once = pass_hours(BASE, 2490, 250)
+    assert hours_of("mslt pool train b --task RTE --backbone-epochs 0.5,2 --out c") == pytest.approx(2.5 * once)
+    assert hours_of("mslt pool search b --task RTE --trials 100 --out s") == pytest.approx(once / 3)
+    senteval = hours_of("mslt probe senteval b --data-dir probing")
+    assert hours_of("mslt probe senteval b tuned/models/*/* --data-dir probing") == pytest.approx(10 * senteval)
+    assert hours_of("mslt probe compare b c --picture tuned.png") == 0
+    assert all(one.gpu_hours > 0 for one in reproductions())
+
+
+def test_every_size_and_task_of_a_table_is_trained() -> None:
+    every = {one.name: one for one in reproductions()}
+    for name in ("mslt-t2", "mslt-t3", "mslt-t4"):
+        lines = " ".join(every[name].commands)
+        for row in every[name].reported[1:]:
+            model = ("bert-large" if "Large" in row[0] else "bert-base") + "-full" * ("full" in row[0])
+            assert f"train {model} " in lines or f"extends: {model}\\n" in lines, (name, row[0])
+    for name, first in (("bv-t1", 1), ("conv-t1", 1), ("conv-t2", 1)):
+        for task in every[name].reported[0][first:]:
+            assert f"--task {task}" in " ".join(every[name].commands), (name, task)
+
+
+def test_figures_keep_the_papers_digits() -> None:
+    (table,) = (one for one in reproductions() if one.name == "deebert-t1")
+    assert table.reported[1][2].startswith("SST-2 93.6, MRPC 88.2, QNLI 91.0")
+    assert "RTE -0.4, QQP -0.0" in table.reported[3][2]
+    assert table.reported[8][2].startswith("SST-2 +0.1"), "a gain"
 
 
 def test_readme_shows_the_same() -> None:
