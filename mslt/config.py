@@ -1,4 +1,4 @@
-"""The recipe: what a user writes, checked once, before anything is touched.
+"""The recipe: what a user writes, checked once, before anything is touched. docs/recipe.md is made from this file.
 
 A recipe is a YAML file. `extends: NAME` starts from another recipe; a section written here replaces the whole
 section there. Recipes shipped with mslt are found by name, others by path.
@@ -17,22 +17,41 @@ from mslt.validation import Frozen, FrozenType, NonNegativeInt, PositiveInt, mis
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelConfig(Frozen):
+class Section(Frozen):
+    """A section of the recipe; the text below a key says what it means."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
     """The full-depth encoder, under the names of Hugging Face's config. Defaults: Devlin et al. 2019."""
 
     family: Literal["bert"] = "bert"
+    """The kind of model to pretrain."""
     num_hidden_layers: PositiveInt
+    """Layers of the last stage."""
     hidden_size: PositiveInt
+    """Width; a multiple of `num_attention_heads`."""
     num_attention_heads: PositiveInt
+    """Heads of each layer."""
     intermediate_size: PositiveInt
+    """Width between the two dense layers of a feed-forward block."""
     vocab_size: PositiveInt
+    """Entries of the word embeddings; at least those of the shards' tokenizer."""
     max_position_embeddings: PositiveInt = 512
+    """Positions that the model has; positions beyond `training.sequence_length` are never trained."""
     type_vocab_size: Annotated[int, Field(ge=2, strict=True)] = 2
+    """Token types; sentence pairs need two."""
     hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
+    """Activation of the feed-forward blocks and of the MLM head."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout of the embeddings and of what a block adds."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of attention weights."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    """Added to the variance in LayerNorm."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of random weights."""
 
     @model_validator(mode="after")
     def heads_divide_width(self) -> "ModelConfig":
@@ -43,41 +62,47 @@ class ModelConfig(Frozen):
         return self
 
 
-class DataConfig(Frozen):
-    """Which shards, and how documents become samples (Devlin et al. 2019, section 3.1 and A.2).
-
-    Without `next_sentence_prediction` a sample is one run of sentences instead of a pair (Liu et al. 2019, section
-    4.2), and neither pooler nor NSP head is trained; with `short_sequence_probability` 0, as there, it pads least.
-    """
+class DataConfig(Section):
+    """Which shards, and how documents become samples (Devlin et al. 2019, section 3.1 and A.2)."""
 
     shards: str
+    """Folder that `mslt data prepare` wrote, from the working folder; `--shards` replaces it."""
     max_predictions: PositiveInt = 20
+    """The most masked tokens of a sample; below `training.sequence_length`."""
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of a sample's tokens that are to be predicted: of these 80 % become [MASK], 10 % a random token, 10 %
+    stay."""
     short_sequence_probability: Probability = 0.1
+    """How often a document's samples get a shorter length, drawn at random; 0 pads least."""
     whole_word_masking: bool = False
+    """Mask all pieces of a word together."""
     next_sentence_prediction: bool = True
+    """Samples are pairs of sentences, and pooler and NSP head train. Without it a sample is one run of sentences (Liu
+    et al. 2019, section 4.2), and both keep their random start."""
     evaluation_samples: PositiveInt = 4096
+    """Held-out samples of an evaluation, the first of the validation split; all where there are fewer."""
 
 
-class ScheduleConfig(Frozen):
-    """How the encoder grows: a schedule of mslt.growth by name, with its options beside the keys that all have.
-
-    `learning_rate` is one schedule over all steps, or one for each stage; `rewarmup_steps` lets the global one rise
-    anew from 0 when a later stage begins. `frozen_dropout` keeps the dropout of frozen layers; `frozen_precision` int8
-    computes those without a graph in 8-bit integers, which is not exact (mslt.models.int8). `optimizer_state` says
-    what becomes of the optimizer's moments when a stage begins: `reset` to 0, or `carry` those of the stage before, by
-    name, copied layers with their source's.
-    """
+class ScheduleConfig(Section):
+    """How the encoder grows: a schedule by name, with its own options beside the keys that all have."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str
+    """A schedule of mslt, `module:function`, or an entry point of the group `mslt.schedules`."""
     steps: PositiveInt
+    """Optimizer steps of all stages together."""
     learning_rate: Literal["global", "per_stage"] = "global"
+    """`global` is one warm-up and one decay over all steps; `per_stage` has both in every stage."""
     rewarmup_steps: NonNegativeInt = 0
+    """With `global`: so many steps at the beginning of each later stage rise from 0 to the rate of the schedule."""
     frozen_dropout: bool = True
+    """Keep the dropout of frozen layers."""
     frozen_precision: Literal["exact", "int8"] = "exact"
+    """`int8` computes frozen layers in 8-bit integers, which is not exact, and needs `training.compile`."""
     optimizer_state: Literal["reset", "carry"] = "reset"
+    """The optimizer's moments when a stage begins: 0, or those of the stage before, a copied layer's from its
+    source."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,46 +110,57 @@ class ScheduleConfig(Frozen):
         return self.model_extra or {}
 
 
-class TrainingConfig(Frozen):
-    """`batch_size` counts samples of one optimizer step over all workers; `micro_batch_size` is the most that one
-    worker computes at once, `auto` what is fastest in each stage, measured before the run. `clip_norm` 0 switches
-    clipping off. `skip_bad_batches` is how many steps of a stage may be left out because their gradient is not finite;
-    one more stops the run (fp16's overflows do not count). `compile` says which layers torch.compile makes code for
-    when a stage begins; the others, and held-out evaluation, are eager."""
+class TrainingConfig(Section):
+    """Batches, and how a step is computed."""
 
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 128
+    """Tokens of a sample; at most `model.max_position_embeddings`."""
     batch_size: PositiveInt
+    """Samples of one optimizer step over all workers; a multiple of their number."""
     micro_batch_size: PositiveInt | Literal["auto"]
+    """The most samples that one worker computes at once; `auto` is what is fastest in each stage, measured before the
+    run."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient of all trainable parameters; 0 switches clipping off."""
     skip_bad_batches: NonNegativeInt = 0
+    """How many steps of a stage may be left out because their gradient is not finite; one more stops the run. The
+    overflows of fp16 do not count."""
     compile: Literal["none", "frozen", "all"] = "none"
+    """The layers that torch.compile makes code for when a stage begins; held-out evaluation stays eager, and so does
+    everything where there is no compiler."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """Of weights, order of the data, masks and dropout."""
 
 
-class OptimizerConfig(Frozen):
-    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) or AdamW. `learning_rate` is the peak of the schedule: it
-    is reached after `warmup_steps`, kept, and falls to 0 over the last `decay_share` of the steps. The default, 1,
-    falls from the warm-up on (Devlin et al. 2019); 0.2 is warm-up, stable, decay.
-
-    Variants of LAMB: `bias_correction` false as in the authors' BERT code; `trust_ratio_bounds` (lowest, highest), as
-    DeepSpeed's FusedLamb does with (0.01, 10); `normalize_gradient` divides the gradient by its norm over all tensors
-    before anything else, instead of clipping it (NVLAMB: NVIDIA 2019, "Pretraining BERT with layer-wise adaptive
-    learning rates", developer blog). `implementation` foreach runs everywhere; apex is NVIDIA's FusedLAMB, on GPUs
-    without ZeRO, where it is installed and shows at the start that it makes the same update.
-    """
+class OptimizerConfig(Section):
+    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) or AdamW, and the learning rate's schedule."""
 
     name: Literal["lamb", "adamw"] = "lamb"
+    """Which of them."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The peak: reached after `warmup_steps`, kept, and brought to 0 over the last `decay_share` of the steps."""
     warmup_steps: NonNegativeInt
+    """Steps in which the rate rises linearly to the peak; below `schedule.steps`."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1 falls from the warm-up on (Devlin et al. 2019); 0.2 is warm-up, stable, decay."""
     beta1: Probability = 0.9
+    """Of the first moment."""
     beta2: Probability = 0.999
+    """Of the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices; biases and LayerNorm do not decay."""
     bias_correction: bool = True
+    """`false` as in the BERT code of LAMB's authors."""
     trust_ratio_bounds: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
+    """LAMB alone: lowest and highest trust ratio, such as [0.01, 10], the bounds of DeepSpeed's FusedLamb."""
     normalize_gradient: bool = False
+    """Divide the gradient by its norm over all tensors instead of clipping it (NVLAMB: NVIDIA 2019, "Pretraining BERT
+    with layer-wise adaptive learning rates", developer blog)."""
     implementation: Literal["foreach", "apex"] = "foreach"
+    """`foreach` runs everywhere; `apex` is NVIDIA's FusedLAMB, on GPUs without ZeRO, where it is installed and shows at
+    the start that it makes the same update."""
 
     @model_validator(mode="after")
     def options_fit(self) -> "OptimizerConfig":
@@ -144,31 +180,36 @@ class OptimizerConfig(Frozen):
         return self
 
 
-class WatchConfig(Frozen):
-    """How often, in steps. Nothing here changes what is learned, so it may differ when a run is resumed.
-    `evaluate_every` 0 evaluates at the borders of stages only."""
+class WatchConfig(Section):
+    """How often, in steps. Nothing here changes what is learned, so it may differ when a run is resumed."""
 
     log_every: PositiveInt = 100
+    """Steps from one line of `metrics.jsonl` to the next."""
     evaluate_every: NonNegativeInt = 0
+    """Steps from one held-out evaluation to the next; 0 evaluates at the borders of stages only."""
     checkpoint_every: PositiveInt = 1000
+    """Steps from one checkpoint inside a stage to the next."""
     loader_workers: NonNegativeInt = 0
+    """Processes of each worker that load data; 0 loads in the worker itself."""
 
 
-class CardConfig(Frozen):
-    """What the model card of every stage says beside what is known: names as the Hugging Face hub has them, such as
-    `apache-2.0` and `en`. A licence is the author's to choose: none is assumed."""
+class CardConfig(Section):
+    """What the model card of every stage says beside what is known: names as the Hugging Face hub has them."""
 
     license: str = "unknown"
+    """Such as `apache-2.0`; the author's to choose, none is assumed."""
     language: str | None = None
+    """Such as `en`."""
 
 
-class Recipe(Frozen):
+class Recipe(Section):
     model: ModelConfig
     data: DataConfig
     schedule: ScheduleConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
     engine: str = "zero0_fp32"
+    """One of those shipped, by name, or the path of a JSON file of your own."""
     watch: WatchConfig = WatchConfig()
     card: CardConfig = CardConfig()
 

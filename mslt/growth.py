@@ -30,7 +30,7 @@ class Growth(Frozen):
     """What a schedule decides about one stage; the rest is the same for all of them.
 
     `sources` has one entry for each layer: the index of the layer of the stage before that it copies, or `random`.
-    `freeze` says what does not train: `none`; `below`, the embeddings and every layer up to the first that is new or
+    `freeze` says what does not train: `none`; `below`, the embeddings and every layer under the first that is new or
     moved; or the `embeddings` alone. Pooler and heads always train.
     """
 

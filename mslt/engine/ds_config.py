@@ -110,8 +110,8 @@ def remarks(plan: Plan, world_size: int) -> list[str]:
         )
     if stage == 3 and any(s.frozen for s in plan.stages):
         found.append(
-            "ZeRO-3 gathers frozen weights in every step, so freezing saves no bytes there, and every stage takes a "
-            "launch of its own; zero0 to zero2 are for models that fit a GPU"
+            "ZeRO-3 gathers frozen weights in every step: freezing makes only the reduced gradients fewer; and every "
+            "stage takes a launch of its own. zero0 to zero2 are for models that fit a GPU"
         )
     return found
 
