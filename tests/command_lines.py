@@ -19,8 +19,8 @@ def fenced(page: Path, *languages: str) -> list[str]:
 
 
 def lines_of_mslt(page: Path) -> list[str]:
-    """What a reader may type that begins with `mslt`."""
-    lines = "\n".join(fenced(page, "bash", "text")).replace("\\\n", " ").splitlines()
+    """What a reader may type that begins with `mslt`. On the pages of the story `bash` is what it runs."""
+    lines = "\n".join(fenced(page, "bash", "sh")).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("mslt ")]
 
 
