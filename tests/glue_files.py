@@ -1,6 +1,7 @@
 """A folder in GLUE's layout, made up: rows of few words whose label a small model can learn."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from mslt.evaluate.glue_tasks import DIAGNOSTIC, TASKS
@@ -8,7 +9,12 @@ from mslt.evaluate.glue_tasks import DIAGNOSTIC, TASKS
 GOOD, BAD = ("good", "fine", "great", "nice"), ("bad", "poor", "awful", "sad")
 
 
-def write_glue(folder: Path, num_train: int = 256, num_dev: int = 32, seed: int = 0) -> Path:
+ALL = ("SST-2", "CoLA", "STS-B", "MNLI", "RTE")
+
+
+def write_glue(
+    folder: Path, num_train: int = 256, num_dev: int = 32, tasks: Sequence[str] = ALL, seed: int = 0
+) -> Path:
     """SST-2 and CoLA (good or bad words), STS-B (are two sentences both good or both bad), MNLI and RTE (a good or a
     bad second sentence). Test splits have as many rows as GLUE's, among them the diagnostic sentences."""
     draw = random.Random(seed)
@@ -21,7 +27,7 @@ def write_glue(folder: Path, num_train: int = 256, num_dev: int = 32, seed: int 
         is_good = draw.random() < 0.5
         return is_good, f"the {draw.choice(('film', 'book'))} was {draw.choice(GOOD if is_good else BAD)} ."
 
-    for name in ("SST-2", "CoLA", "STS-B", "MNLI", "RTE"):
+    for name in tasks:
         task = TASKS[name]
         for split in task.splits:
             is_test = split in task.test

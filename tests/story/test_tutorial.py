@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mslt.evaluate.glue_tasks import TASKS
 from mslt.rundir import RunDir, read_plan, read_summaries
 from tests.command_lines import fenced
 from tests.glue_files import write_glue
@@ -27,10 +28,11 @@ def write_text(folder: Path) -> None:
 
 
 def sst2(folder: Path) -> Path:
-    """GLUE's own where it is there, else rows of our making."""
+    """GLUE's own where it is there, else as many rows of our making."""
     if "MSLT_TEST_DATA" in os.environ and (Path(os.environ["MSLT_TEST_DATA"]) / "glue" / "SST-2").is_dir():
         return Path(os.environ["MSLT_TEST_DATA"]) / "glue"
-    return write_glue(folder, num_train=2000, num_dev=200)
+    num_train, num_dev, _ = TASKS["SST-2"].rows
+    return write_glue(folder, num_train, num_dev, ("SST-2",))
 
 
 @pytest.mark.slow
@@ -56,11 +58,15 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert losses[-1] < summaries[0]["evaluation_before"]["mlm_loss"] - 1.5
     starts = [json.loads(line) for line in run.starts.read_text().splitlines()]
     assert len(starts) > 4, "it was killed once, and went on"
-    for path in ("report.html", "tuned/config.json", "exit-report", "states.png", "probes", "short/config.json"):
-        assert (tmp_path / path).exists(), path
+    beside = tmp_path / "run" / "stage-4" / "model-evaluation"
+    for path in ("exits/figure-2.png", "states.png", "senteval-cls-logistic/heatmap.csv", "mlm/heatmap.csv"):
+        assert (beside / path).is_file(), path
+    for path in ("tuned/config.json", "short/config.json"):
+        assert (tmp_path / path).is_file(), path
+    assert "GLUE, preset quick" in (tmp_path / "report.html").read_text(), "what was evaluated is in the report"
     whole, short = (
-        json.loads((tmp_path / folder / "results.json").read_text())["tasks"]["SST-2"]["median"]
-        for folder in ("sst2", "short-sst2")
+        json.loads((folder / "glue-quick" / "results.json").read_text())["tasks"]["SST-2"]["median"]
+        for folder in (beside, tmp_path / "short-evaluation")
     )
     assert min(whole, short) > 0.5
     assert json.loads((tmp_path / "short/config.json").read_text())["num_hidden_layers"] == 5
