@@ -481,6 +481,7 @@ def test_compiled_layers_train_alike_and_are_compiled_in_the_first_step_alone(
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_compiled_stage_goes_on_from_its_checkpoint_bit_for_bit(
     worker: Workers, shards: Path, tiny_sections: dict[str, Any], tmp_path: Path
 ) -> None:

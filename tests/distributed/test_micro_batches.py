@@ -109,6 +109,7 @@ def test_a_new_run_measures_once_and_keeps_what_it_found(auto: dict[str, Any], s
     assert asked == [(shards, 2)]
 
 
+@pytest.mark.slow
 def test_the_command_measures_before_it_trains(auto: dict[str, Any], shards: Path, tmp_path: Path) -> None:
     auto["schedule"] = {"name": "mslt", "k": 2, "steps": 6, "retrain_share": 0.5}
     auto["optimizer"] = {**auto["optimizer"], "warmup_steps": 1}

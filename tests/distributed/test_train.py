@@ -162,7 +162,7 @@ def test_compare_shows_the_run_and_draws_it(finished: RunDir, tmp_path: Path) ->
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("engine", ["zero0_bf16", "zero0_fp16"])
+@pytest.mark.parametrize("engine", ["zero0_bf16", pytest.param("zero0_fp16", marks=pytest.mark.slow)])
 def test_low_precision_learns_and_keeps_fp32_masters_over_the_border(
     tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any], finished: RunDir, engine: str
 ) -> None:
@@ -184,6 +184,7 @@ def test_low_precision_learns_and_keeps_fp32_masters_over_the_border(
     assert [summary["reduced_bytes"] for summary in read_summaries(run)] == expected
 
 
+@pytest.mark.slow
 def test_frozen_layers_in_int8_leave_exact_models(tmp_path: Path, shards: Path, tiny_recipe: dict[str, Any]) -> None:
     """Compiled where there is a compiler, and eager where there is none: a recipe asks for both together."""
     tiny_recipe["engine"] = "zero0_bf16"
