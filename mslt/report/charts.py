@@ -19,6 +19,7 @@ from mslt.report.heatmap import HeatMap
 MOST_POINTS = 1500  # of a curve: more than a page is wide
 BAND_PX = 14  # of a run's row of stages at the bottom of a chart of losses
 HEIGHT_PX = 320
+CELL_PX = 40  # of a heat map: room for a number
 # Okabe and Ito's colours, which the colour-blind tell apart, on white and on black.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 
@@ -211,7 +212,7 @@ def time_chart(runs: Sequence[Curves]) -> Spec:
     bars = altair.Chart(altair.Data(values=rows)).mark_bar().encode(
         y=y, x=altair.X("ms:Q", title="ms a step", stack=True), order="order:Q",
         color=altair.Color(
-            "part:N", title=None, sort=[*PARTS, "rest"], legend=altair.Legend(orient="top"),
+            "part:N", title=None, sort=[*PARTS, "rest"], legend=altair.Legend(orient="top", columns=3),
             scale=altair.Scale(domain=[*PARTS, "rest"], range=[*COLORS[:5], COLORS[6]]),
         ),
         tooltip=["stage:N", "part:N", altair.Tooltip("ms:Q", format=",.1f")],
@@ -320,7 +321,7 @@ def heatmap_chart(drawn: HeatMap) -> Spec:
     )
     cells = base.mark_rect().encode(color=altair.Color("value:Q", title=None, scale=scale))
     texts = base.mark_text(fontSize=10, color="#1a1a1a", aria=False).encode(text=altair.Text("value:Q", format=".1f"))
-    return _spec(cells + texts, 22 * len(drawn.rows))
+    return _spec(cells + texts, 22 * len(drawn.rows), altair.Step(CELL_PX))
 
 
 def thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -337,9 +338,9 @@ def _color(runs: Sequence[Curves]) -> altair.Color:
     )  # fmt: skip
 
 
-def _spec(chart: Any, height: int) -> Spec:
-    """As wide as its place on the page, colours of text and lines left to the page's style."""
-    found: Spec = chart.properties(width="container", height=height).to_dict()
+def _spec(chart: Any, height: int, width: Any = "container") -> Spec:
+    """By default as wide as its place on the page; colours of text and lines are left to the page's style."""
+    found: Spec = chart.properties(width=width, height=height).to_dict()
     found["background"] = "transparent"
     config = found.setdefault("config", {})
     config["view"] = {"stroke": None}
