@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mslt.cli.names import refuse_unknown
+from mslt.cli.refusals import refuse_unknown
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mslt.cli.names import refuse_unknown
+from mslt.cli.refusals import refuse_rate, refuse_unknown
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 
@@ -106,8 +106,7 @@ def glue(
         if len(set(given)) < len(given):
             raise MsltError(f"{option}: {', '.join(map(str, given))}: one stands there twice")
     for rate in learning_rate or ():
-        if not 0 < rate < 1:
-            raise MsltError(f"--learning-rate {rate}: must be above 0 and below 1, like 5e-5")
+        refuse_rate("--learning-rate", rate, "5e-5")
     if multi_objective and extra_layer:
         raise MsltError("--multi-objective, --extra-layer: the latter is the former with a layer more; give one")
     if mlm_head == "random" and not (multi_objective or extra_layer):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mslt.cli.names import refuse_unknown
+from mslt.cli.refusals import refuse_rate, refuse_unknown
 from mslt.errors import MsltError
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def train(
     _quiet()
     refuse_unknown("--task", task, TASKS)
     for option, rate in (("--learning-rate", learning_rate), ("--ramp-learning-rate", ramp_learning_rate)):
-        if rate is not None and not 0 < rate < 1:
-            raise MsltError(f"{option} {rate}: must be above 0 and below 1, like 5e-5")
+        if rate is not None:
+            refuse_rate(option, rate, "5e-5")
     source, _ = locate(checkpoint)
     is_tuned = is_classifiers_config(open_config(source))
     training = PRESETS[preset]

@@ -14,44 +14,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command(
-    "plan",
-    short_help="Show a recipe's stages; with --measure, hours.",
-    epilog="Example: mslt plan bert-base --measure --shards data/shards",
-)(plan.plan)
-app.command(
-    "train",
-    short_help="Train a recipe, or go on where it stopped.",
-    epilog="Example: mslt train bert-base --shards data/shards",
-)(train.train)
-app.command(
-    "doctor",
-    short_help="Check every machine before a run.",
-    epilog="Example: mslt doctor bert-base --shards data/shards --hostfile hosts",
-)(doctor.doctor)
-app.command(
-    "grow",
-    short_help="Copy, stack, drop or add layers of a checkpoint.",
-    epilog="Example: mslt grow runs/bert-base short --drop-top 2",
-)(grow.grow)
-app.command(
-    "compare",
-    short_help="Show runs side by side, or run a study.",
-    epilog="Example: mslt compare runs/bert-base-full runs/bert-base --picture curves.png",
-)(compare.compare)
-app.command(
-    "report",
-    short_help="Write one page about runs.",
-    epilog="Example: mslt report runs/bert-base-full runs/bert-base --out report.html",
-)(report.report)
-app.command("reproduce", short_help="List the papers' tables and figures.", epilog="Example: mslt reproduce mslt-t2")(
-    reproduce.reproduce
-)
-app.command(
-    "attention",
-    short_help="Show where heads look, or how alike layers are.",
-    epilog='Example: mslt attention runs/bert-base --text "The cat sat." --picture maps.png',
-)(attention.attention)
+for name, verb, short_help, example in (
+    ("plan", plan.plan, "Show a recipe's stages; with --measure, hours.", "bert-base --measure --shards data/shards"),
+    ("train", train.train, "Train a recipe, or go on where it stopped.", "bert-base --shards data/shards"),
+    ("doctor", doctor.doctor, "Check every machine before a run.", "bert-base --shards data/shards --hostfile hosts"),
+    ("grow", grow.grow, "Copy, stack, drop or add layers of a checkpoint.", "runs/bert-base short --drop-top 2"),
+    ("compare", compare.compare, "Show runs side by side, or run a study.",
+     "runs/bert-base-full runs/bert-base --picture curves.png"),
+    ("report", report.report, "Write one page about runs.", "runs/bert-base-full runs/bert-base --out report.html"),
+    ("reproduce", reproduce.reproduce, "List the papers' tables and figures.", "mslt-t2"),
+    ("attention", attention.attention, "Show where heads look, or how alike layers are.",
+     'runs/bert-base --text "The cat sat." --picture maps.png'),
+):  # fmt: skip
+    app.command(name, short_help=short_help, epilog=f"Example: mslt {name} {example}")(verb)
 app.add_typer(data.app, name="data", short_help="Text to token shards, and a look inside.")
 app.add_typer(evaluate.app, name="evaluate", short_help="Score a checkpoint on held-out text, GLUE and SQuAD.")
 app.add_typer(exit.app, name="exit", short_help="Early exit: leave at the first layer that is sure.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from mslt.cli.evaluate_squad import read_questions
-from mslt.cli.names import refuse_unknown
 from mslt.cli.progress import counted_parts
+from mslt.cli.refusals import refuse_rate, refuse_unknown
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 from mslt.files import lock_alone
@@ -154,8 +154,8 @@ def train(
 
     for name in pooler or ():
         refuse_unknown("--pooler", name, POOLERS)
-    _refuse_rate("--learning-rate", learning_rate)
-    _refuse_rate("--backbone-learning-rate", backbone_learning_rate)
+    refuse_rate("--learning-rate", learning_rate, "5e-4")
+    refuse_rate("--backbone-learning-rate", backbone_learning_rate, "2e-5")
     numbers = _epochs(backbone_epochs)
     if cache is not None and numbers:
         raise MsltError("--cache: holds the states of one encoder, --backbone-epochs makes others; leave one out")
@@ -500,11 +500,6 @@ def _device(name: str | None) -> str:
     from mslt.evaluate.device import open_device
 
     return str(open_device(name))
-
-
-def _refuse_rate(option: str, rate: float) -> None:
-    if not 0 < rate < 1:
-        raise MsltError(f"{option} {rate}: must be above 0 and below 1, like 5e-4")
 
 
 def _epochs(written: str | None) -> list[float] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mslt.cli.names import refuse_unknown
+from mslt.cli.refusals import refuse_rate, refuse_unknown
 from mslt.cli.tables import print_table
 from mslt.errors import MsltError
 
@@ -174,8 +174,7 @@ def mlm(
     for each in dropout or ():
         if not 0 <= each <= 1:
             raise MsltError(f"--dropout {each}: is a probability; give 0 to 1")
-    if not 0 < learning_rate < 1:
-        raise MsltError(f"--learning-rate {learning_rate}: must be above 0 and below 1, like 1e-3")
+    refuse_rate("--learning-rate", learning_rate, "1e-3")
     _quiet()
     passages, on = read_passages(text), open_device(device)
     found: dict[str, list[dict[str, Any]]] = {}

@@ -172,12 +172,11 @@ def summary(preset_name: str, preset: Preset, cells: Sequence[Cell], folder: Pat
             if not any(cell.name in failed for cell in runs)
         }
         best = max(found, key=lambda name: found[name]["median"], default=None)
-        named = PRESETS[preset_name]
-        done, meant = (protocol(each) for each in (own, cells_of(named, [task], range(named.num_seeds), "fp32")))
+        done = protocol(own)
         tasks[task] = {
             "headline": preset.headline(task),
             "protocol": done,
-            "differs": [name for name in done if done[name] != meant[name]],
+            "differs": differing(PRESETS[preset_name], task, done),
             "best": best,
             **({} if best is None else found[best]),
             "best_run": max((max(setting["headlines"]) for setting in found.values()), default=None),
@@ -209,6 +208,12 @@ def protocol(cells: Sequence[Cell]) -> dict[str, Any]:
         "weight_decay": cells[0].settings.weight_decay,
         "precision": cells[0].settings.precision,
     }
+
+
+def differing(preset: Preset, task: str, done: dict[str, Any]) -> list[str]:
+    """What of a `protocol` is not the preset's."""
+    meant = protocol(cells_of(preset, [task], range(preset.num_seeds), "fp32"))
+    return [name for name in meant if done[name] != meant[name]]
 
 
 def _setting(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mslt.errors import MsltError
-from mslt.evaluate.glue import cells_of
-from mslt.evaluate.glue_grid import protocol
+from mslt.evaluate.glue_grid import differing
 from mslt.evaluate.glue_tasks import PRESETS, TASKS
 from mslt.evaluate.opening import digest
 from mslt.report import paper
 from mslt.rundir import RunDir, evaluation_folder, read_plan, read_summaries
 
+PAPERS = PRESETS["mslt"]
 SAME_TIME = 0.05  # of the longer run's: the paper's times are that near each other
 
 
@@ -106,10 +106,8 @@ def read_scores(run: Path, preset: str) -> RunScores:
 
 
 def _not_the_papers(task: str, entry: dict[str, Any]) -> list[str]:
-    paper_s = PRESETS["mslt"]
-    meant = protocol(cells_of(paper_s, [task], range(paper_s.num_seeds), "fp32"))
-    metric = [] if entry["headline"] == paper_s.headline(task) else [f"{entry['headline']} as the metric"]
-    return [*metric, *(name for name in meant if entry["protocol"][name] != meant[name])]
+    metric = [] if entry["headline"] == PAPERS.headline(task) else [f"{entry['headline']} as the metric"]
+    return [*metric, *differing(PAPERS, task, entry["protocol"])]
 
 
 def _test_scores(path: Path) -> dict[str, float]:
@@ -155,7 +153,7 @@ def score_tables(runs: list[RunScores]) -> list[ScoreTable]:
         title, reported = "GLUE, validation, at equal time (Table 3)", paper.EQUAL_TIME
     else:
         title, reported = "GLUE, validation; neither steps nor time are equal", paper.EQUAL_STEPS
-    other = {task for run in runs for task, metric in run.metrics.items() if metric != PRESETS["mslt"].headline(task)}
+    other = {task for run in runs for task, metric in run.metrics.items() if metric != PAPERS.headline(task)}
     comparable = tuple(
         replace(row, scores={task: score for task, score in row.scores.items() if task not in other})
         for row in reported

@@ -171,14 +171,12 @@ def time_parts(runs: list[Curves]) -> list[Table | Chart | Picture]:
         for run in runs
         for each in run.summaries
     ]
-    foretold = [
-        [run.label, str(index + 1)]
-        + [f"{1000 * spent.get(part, 0.0) / summary['steps']:,.1f} / {1000 * parts[part]:,.1f}" for part in PARTS]
-        for run in runs
-        for index, parts in charts.predicted(run).items()
-        for summary in (run.summaries[index],)
-        for spent in (summary["spent_s"],)
-    ]
+    foretold = []
+    for run in runs:
+        for index, parts in charts.predicted(run).items():
+            spent, steps = run.summaries[index]["spent_s"], run.summaries[index]["steps"]
+            cells = [f"{1000 * spent.get(part, 0.0) / steps:,.1f} / {1000 * parts[part]:,.1f}" for part in PARTS]
+            foretold.append([run.label, str(index + 1), *cells])
     note = (
         "The diamond is what operations and trainable parameters foretell, at the rates of the stage that has most "
         "of them, which has none itself; mslt plan --measure foretells before a run."
