@@ -42,11 +42,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--max-train-rows", type=int)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, help="of joint training")
+    parser.add_argument("--epochs", type=int, help="of joint training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--only", nargs="+", help="names of options")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     tuned, encoder = arguments.tuned, arguments.encoder
+    joint = {"joint": True, "learning_rate": arguments.learning_rate, "epochs": arguments.epochs}
     options = {
         "paper": (tuned, {"preset": "paper"}),
         "paper-code": (tuned, {"preset": "paper-code", "ramp_init_from": encoder}),
@@ -56,9 +59,9 @@ def main() -> None:
         "mean": (tuned, {"pooling": "mean"}),
         "distilled by half": (tuned, {"distillation": 0.5}),
         "mean, distilled": (tuned, {"pooling": "mean", "distillation": 1.0}),
-        "joint": (encoder, {"joint": True}),
-        "joint, mean": (encoder, {"joint": True, "pooling": "mean"}),
-        "joint, mean, distilled by half": (encoder, {"joint": True, "pooling": "mean", "distillation": 0.5}),
+        "joint": (encoder, joint),
+        "joint, mean": (encoder, {**joint, "pooling": "mean"}),
+        "joint, mean, distilled by half": (encoder, {**joint, "pooling": "mean", "distillation": 0.5}),
     }
     if arguments.run is not None:
         options["stages"] = (tuned, {"ramp_init": "stages", "ramp_init_from": arguments.run})
