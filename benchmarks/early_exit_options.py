@@ -44,12 +44,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, help="of joint training")
     parser.add_argument("--epochs", type=int, help="of joint training")
+    parser.add_argument("--batch-size", type=int, help="of joint training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--only", nargs="+", help="names of options")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     tuned, encoder = arguments.tuned, arguments.encoder
-    joint = {"joint": True, "learning_rate": arguments.learning_rate, "epochs": arguments.epochs}
+    joint = {"joint": True, "learning_rate": arguments.learning_rate, "epochs": arguments.epochs,
+             "batch_size": arguments.batch_size}  # fmt: skip
     options = {
         "paper": (tuned, {"preset": "paper"}),
         "paper-code": (tuned, {"preset": "paper-code", "ramp_init_from": encoder}),
