@@ -58,7 +58,7 @@ def fine_tune(
         for parameters, decay in ((decays, settings.weight_decay), (others, 0.0)):
             groups.append({"params": parameters, "weight_decay": decay, "lr": part.learning_rate})
         clipped.append([*decays, *others])
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8, fused=True)
     steps = num_steps(len(rows), settings)
     steps_per_epoch = steps // settings.num_epochs
     schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_share * steps), steps)

@@ -230,7 +230,7 @@ def test_seeds_draw_another_head_and_another_order(encoder, glue):
 
 
 def test_one_step_is_transformers_own(encoder):
-    """Plain AdamW with its linear schedule: from the first batch the same weights."""
+    """Plain AdamW with its linear schedule: two steps on one batch end at the same weights."""
     model = AutoModelForSequenceClassification.from_pretrained(encoder, hidden_dropout_prob=0.0,
                                                                attention_probs_dropout_prob=0.0)  # fmt: skip
     reference = AutoModelForSequenceClassification.from_pretrained(encoder, hidden_dropout_prob=0.0,
@@ -250,7 +250,7 @@ def test_one_step_is_transformers_own(encoder):
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=1e-7, msg=name)
 
 
 def test_the_median_over_seeds_and_then_the_best_setting(tmp_path):
