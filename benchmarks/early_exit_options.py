@@ -79,9 +79,10 @@ def main() -> None:
             )  # fmt: skip
             cells = _row(folder, arguments.data_dir, arguments.subset)
             rows.append([name if len(arguments.seeds) == 1 else f"{name}, seed {seed}", *cells])
+    num_rows = "all" if arguments.max_train_rows is None else f"{arguments.max_train_rows:,}"
     lines = [
         *heading(f"Options of off-ramps: {arguments.task}", this_command(), provenance(), hardware()),
-        f"{os.path.basename(os.path.normpath(encoder))}, {f'{arguments.max_train_rows:,}' if arguments.max_train_rows else 'all'} training rows, "
+        f"{os.path.basename(os.path.normpath(encoder))}, {num_rows} training rows, "
         f"{arguments.max_tokens} tokens{', of a part of GLUE' if arguments.subset else ''}; swept over the whole "
         "validation split, on which each row's threshold was also chosen, as in the paper; in the last two columns",
         "chosen on one half for 0.5 points, and judged by the other: saving, and points. Exits count from 0; the drop "
