@@ -18,7 +18,7 @@ from mslt.errors import MsltError
 from mslt.files import whole_folder, write_json
 from mslt.heads.early_exit import EarlyExitModel
 from mslt.heads.exit_rule import ExitRule, begun, entropy, leaves
-from mslt.heads.off_ramp import pool, pool_weights
+from mslt.heads.off_ramp import pool
 from mslt.models import families
 from mslt.models.layer_stack import iter_hidden, iter_layers
 from mslt.provenance import provenance
@@ -53,8 +53,8 @@ class Link(nn.Module):
             next(hidden)
             _, h_ATD = next(hidden)
         last = self.k == self.exits.num_exits - 1
-        read = h_ATD if last else pool(h_ATD, pool_weights(attention_mask, h_ATD, self.exits.options.pooling))
-        return h_ATD, self.exits.exit_logits(self.k, read)
+        read = h_ATD if last else pool(h_ATD, attention_mask, self.exits.options.pooling)
+        return h_ATD, self.exits.heads[self.k](read)
 
 
 def export(exits: EarlyExitModel, rule: ExitRule, sample: Batch, out: Path, kind: str, labels: Sequence[str]) -> float:

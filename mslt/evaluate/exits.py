@@ -118,7 +118,7 @@ class AllExits(nn.Module):
         last_BC: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput:
         if read_BED is not None and last_BC is not None:
-            ramps = [self.exits.exit_logits(k, read_BED[:, k]) for k in range(self.exits.num_exits - 1)]
+            ramps = [ramp(read_BED[:, k]) for k, ramp in enumerate(self.exits.ramps)]
             logits_EBC = torch.stack([*ramps, last_BC])
         else:
             assert input_ids is not None
@@ -205,7 +205,7 @@ class _Read(nn.Module):
         labels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         *read, (k, h_BTD) = self.exits.walk(input_ids, attention_mask, token_type_ids)
-        return {"read": torch.stack([each for _, each in read], 1), "last": self.exits.exit_logits(k, h_BTD)}
+        return {"read": torch.stack([each for _, each in read], 1), "last": self.exits.heads[k](h_BTD)}
 
 
 def _read_once(

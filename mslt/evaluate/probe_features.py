@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mslt.errors import MsltError
 from mslt.files import whole_file
 from mslt.heads.layer_probe import Features
-from mslt.heads.off_ramp import Pooling, pool, pool_weights
+from mslt.heads.off_ramp import Pooling, pool
 from mslt.models.layer_stack import iter_hidden
 
 BATCH_SIZE = 64
@@ -30,12 +30,7 @@ def pooled_hidden(model: PreTrainedModel, batch: dict[str, torch.Tensor], poolin
     mask_BT = batch["attention_mask"]
     is_padded = not bool(mask_BT.all())
     walk = iter_hidden(model, batch["input_ids"], batch.get("token_type_ids"), mask_BT if is_padded else None)
-    pooled = []
-    for k, h_BTD in walk:
-        if k == 0:
-            weights_B1T = pool_weights(mask_BT, h_BTD, pooling)
-        pooled.append(pool(h_BTD, weights_B1T))
-    return torch.stack(pooled, 1)
+    return torch.stack([pool(h_BTD, mask_BT if is_padded else None, pooling) for _, h_BTD in walk], 1)
 
 
 def write_features(

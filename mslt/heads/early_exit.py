@@ -6,8 +6,9 @@ last exit is the model's own head.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from mslt.errors import MsltError
 from mslt.files import sha256_file, write_json
 from mslt.heads.exit_rule import ExitRule, begun, by_entropy, entropy, leaves, refuse_unfit
-from mslt.heads.off_ramp import OffRamp, RampOptions, copy_pooler, new_ramps, pool, pool_weights
+from mslt.heads.off_ramp import OffRamp, RampOptions, copy_pooler, new_ramps, pool
 from mslt.models import families
 from mslt.models.checkpoint import save_state
 from mslt.models.layer_stack import iter_hidden, iter_layers
@@ -91,14 +92,15 @@ class EarlyExitModel(nn.Module):
         """Yield (k, what exit k reads): of a ramp [B, D], of the last the hidden state [B, T, D]."""
         hidden = iter_hidden(self.model, input_ids, token_type_ids, attention_mask)
         refuse_batch(input_ids, attention_mask)
-        _, h_BTD = next(hidden)
-        weights_BT1 = pool_weights(attention_mask, h_BTD, self.options.pooling)
+        next(hidden)
         for number, h_BTD in hidden:
-            yield number - 1, pool(h_BTD, weights_BT1) if number < self.num_exits else h_BTD
+            is_last = number == self.num_exits
+            yield number - 1, h_BTD if is_last else pool(h_BTD, attention_mask, self.options.pooling)
 
-    def exit_logits(self, k: int, read: torch.Tensor) -> torch.Tensor:
-        """[B, C] of what exit k reads."""
-        return self.ramps[k](read) if k < len(self.ramps) else families.class_logits(self.model, read)
+    @property
+    def heads(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """[B, C] of what an exit reads, one for each."""
+        return [*self.ramps, partial(families.class_logits, self.model)]
 
     def all_logits(
         self,
@@ -108,7 +110,8 @@ class EarlyExitModel(nn.Module):
     ) -> torch.Tensor:
         """[E, B, C]: every exit's, nobody leaves."""
         walk = self.walk(input_ids, attention_mask, token_type_ids)
-        return torch.stack([self.exit_logits(k, read) for k, read in walk])
+        heads = self.heads
+        return torch.stack([heads[k](read) for k, read in walk])
 
     @torch.no_grad()
     def forward(
@@ -124,7 +127,8 @@ class EarlyExitModel(nn.Module):
         before it is asked who is done, 0 to the end. MsltError for an empty batch, a row that begins with padding,
         logits that are not finite, and a rule that is not for this model."""
         refuse_unfit(rule, self.num_exits, self.is_regression)
-        refuse_batch(input_ids, attention_mask)
+        mask_AT = _unless_all(attention_mask)
+        refuse_batch(input_ids, mask_AT)
         B, E, device = len(input_ids), self.num_exits, input_ids.device
         logits_BC = torch.empty(B, self.model.config.num_labels, device=device)
         exit_B = torch.full((B,), E - 1, device=device)
@@ -132,14 +136,11 @@ class EarlyExitModel(nn.Module):
         rows_A: slice | torch.Tensor = slice(None)  # where in the batch the rows stand that are still in it
         gone_A: torch.Tensor | None = None  # those that are done, but not yet out of it
         kept_A2 = begun(B if rule.patience is not None else 0, device)
-        mask_AT = _unless_all(attention_mask)
         hidden = iter_hidden(self.model, input_ids, token_type_ids, mask_AT)
-        _, h_ATD = next(hidden)
-        weights_AT1 = pool_weights(mask_AT, h_ATD, self.options.pooling)
-        for k in range(E):
+        next(hidden)
+        for k, head in enumerate(self.heads):
             _, h_ATD = next(hidden)
-            read = pool(h_ATD, weights_AT1) if k < E - 1 else h_ATD
-            logits_AC = self.exit_logits(k, read).float()
+            logits_AC = head(pool(h_ATD, mask_AT, self.options.pooling) if k < E - 1 else h_ATD).float()
             entropy_A = entropy(logits_AC)
             if k < E - 1:
                 leaving_A, kept_A2 = leaves(rule, k, logits_AC, entropy_A, kept_A2)
@@ -160,7 +161,6 @@ class EarlyExitModel(nn.Module):
                 if not len(stay_A):
                     break
                 h_ATD, mask_AT = _compacted(h_ATD, mask_AT, stay_A)
-                weights_AT1 = pool_weights(mask_AT, h_ATD, self.options.pooling)
                 rows_A = stay_A if isinstance(rows_A, slice) else rows_A[stay_A]
                 kept_A2, gone_A = kept_A2[stay_A] if rule.patience is not None else kept_A2, None
                 hidden = iter_layers(self.model, h_ATD, mask_AT, k + 1)

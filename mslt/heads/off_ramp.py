@@ -46,24 +46,21 @@ class OffRamp(nn.Module):
 
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """[B, C]."""
-        return self.output(self.dropout(self.activation(self.dense(pooled_BD))))
+        a_BD = self.activation(self.dense(pooled_BD))
+        return self.output(self.dropout(a_BD) if self.training else a_BD)
 
 
-def pool_weights(attention_mask_BT: torch.Tensor | None, h_BTD: torch.Tensor, pooling: Pooling) -> torch.Tensor | None:
-    """[B, T, 1], fp32, that sum up to 1 over the tokens that are no padding; None where the first token alone
-    counts."""
+def pool(h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
+    """What ramps read of a layer's output, [B, D] in its type: the first token, or the mean of those that are no
+    padding, without a mask of all. The mean is summed up in fp32: autocast lowers matrix products, and no product and
+    sum."""
     if pooling == "cls":
-        return None
+        return h_BTD[:, 0]
     if attention_mask_BT is None:
-        return torch.full((*h_BTD.shape[:2], 1), 1 / h_BTD.shape[1], device=h_BTD.device)
+        return h_BTD.mean(1, dtype=torch.float32).to(h_BTD.dtype)
     weights_BT = attention_mask_BT.float()
-    return (weights_BT / weights_BT.sum(1, keepdim=True))[:, :, None]
-
-
-def pool(h_BTD: torch.Tensor, weights_BT1: torch.Tensor | None) -> torch.Tensor:
-    """What ramps read of a layer's output, [B, D] in its type. The mean is summed up in fp32: autocast lowers matrix
-    products, and no product and sum."""
-    return h_BTD[:, 0] if weights_BT1 is None else (h_BTD.float() * weights_BT1).sum(1).to(h_BTD.dtype)
+    weights_BT = weights_BT / weights_BT.sum(1, keepdim=True)
+    return (h_BTD.float() * weights_BT[:, :, None]).sum(1).to(h_BTD.dtype)
 
 
 def new_ramps(model: PreTrainedModel, seed: int) -> nn.ModuleList:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForPreTraining, DistilBertConfig, Disti
 from mslt.errors import MsltError
 from mslt.heads.early_exit import EarlyExitModel
 from mslt.heads.exit_rule import by_entropy, by_patience, counts, exits_of, expected_saving, left_with
-from mslt.heads.off_ramp import RampOptions, pool, pool_weights
+from mslt.heads.off_ramp import RampOptions, pool
 from mslt.models import families
 from tests.exits import KINDS, batch, classifier, middle_threshold, row, with_exits
 
@@ -130,9 +130,9 @@ def test_left_padding_is_refused() -> None:
 def test_mean_pooling_is_the_mean_over_tokens() -> None:
     h, mask = torch.randn(3, 5, 7), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
     expected = torch.stack([h[0, :2].mean(0), h[1].mean(0), h[2, 0]])
-    torch.testing.assert_close(pool(h, pool_weights(mask, h, "mean")), expected)
-    torch.testing.assert_close(pool(h, pool_weights(None, h, "mean")), h.mean(1))
-    assert torch.equal(pool(h, pool_weights(mask, h, "cls")), h[:, 0])
+    torch.testing.assert_close(pool(h, mask, "mean"), expected)
+    torch.testing.assert_close(pool(h, None, "mean"), h.mean(1))
+    assert torch.equal(pool(h, mask, "cls"), h[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -140,11 +140,11 @@ def test_the_mean_is_summed_up_in_fp32(dtype: torch.dtype) -> None:
     h, mask = 100 + torch.randn(2, 500, 3), torch.ones(2, 500, dtype=torch.int64)
     expected = h.to(dtype).double().mean(1)
     with torch.autocast("cpu", dtype):
-        in_autocast = pool(h.to(dtype).float(), pool_weights(mask, h, "mean"))
+        in_autocast = pool(h.to(dtype).float(), mask, "mean")
     assert in_autocast.dtype == torch.float32
     torch.testing.assert_close(in_autocast.double(), expected, rtol=1e-6, atol=0)
     for given in (mask, None):
-        found = pool(h.to(dtype), pool_weights(given, h.to(dtype), "mean"))
+        found = pool(h.to(dtype), given, "mean")
         assert torch.equal(found, expected.to(dtype)), "rounded once, at the end"
 
 
