@@ -57,7 +57,7 @@ def pool(h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor | None, pooling: P
     if pooling == "cls":
         return h_BTD[:, 0]
     if attention_mask_BT is None:
-        return h_BTD.mean(1, dtype=torch.float32).to(h_BTD.dtype)
+        return (h_BTD.float() / h_BTD.shape[1]).sum(1).to(h_BTD.dtype)
     weights_BT = attention_mask_BT.float()
     weights_BT = weights_BT / weights_BT.sum(1, keepdim=True)
     return (h_BTD.float() * weights_BT[:, :, None]).sum(1).to(h_BTD.dtype)
