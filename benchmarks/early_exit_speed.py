@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.record import hardware, heading, table, this_command, write_record
 from mslt.evaluate.exit_bench import Timed, bench
-from mslt.evaluate.exit_sweep import keep, rules_near
+from mslt.evaluate.exit_sweep import keep, rules_near, sweep
 from mslt.evaluate.exits import Opened, exit_logits_of, heldout, open_exits
 from mslt.provenance import provenance
 
-COLUMNS = ["exits", "task", "layers", "rows", "at once", "rule", "expected saving", "measured saving", "speed",
-           "turns from – to", "bound"]  # fmt: skip
+COLUMNS = ["exits", "task", "layers", "rows", "at once", "rule", "score", "leaving at each exit", "expected saving",
+           "measured saving", "speed", "turns from – to", "bound"]  # fmt: skip
 
 
 def main() -> None:
@@ -35,30 +35,35 @@ def main() -> None:
         opened = open_exits(folder, None, "cuda" if torch.cuda.is_available() else "cpu")
         name = opened.task.validation[0]
         split = heldout(opened.task, arguments.data_dir, arguments.subset, name)[: arguments.max_rows]
-        rules = rules_near(keep(opened, split, exit_logits_of(opened.exits, split, opened.batch_of)), arguments.savings)
+        kept = keep(opened, split, exit_logits_of(opened.exits, split, opened.batch_of))
+        points = sweep(kept, rules_near(kept, arguments.savings))
+        rules = [point.rule for point in points]
         for batch_size in arguments.batch_sizes:
-            for timed in bench(opened, split, rules, batch_size, arguments.turns, lambda done, total: None):
-                rows.append([folder.name, *_row(opened, timed)])
+            every = bench(opened, split, rules, batch_size, arguments.turns, lambda done, total: None)
+            for point, timed in zip(points, every, strict=True):
+                rows.append([folder.name, *_row(opened, point.scores[kept.metric], timed)])
     lines = [
         *heading("Early exit: measured saving beside expected", this_command(), provenance(), hardware()),
-        f"Rows of the validation split{', of a part of GLUE' if arguments.subset else ''}; {torch.get_num_threads()} "
-        "threads, fp32. Rows of like length share a batch, padded to its",
-        "longest, the same for both sides; every batch goes through the plain model and through every rule in turn,",
-        f"{arguments.turns} times; medians. The expected saving counts layers × rows; `bound` is what it allows.",
+        f"Rows of the validation split; {torch.get_num_threads()} threads, fp32. `score` is the task's by that rule, a "
+        "threshold in nats. Rows of like length share a batch, padded to its longest, the same for both sides; every "
+        f"batch goes through the plain model and through every rule in turn, {arguments.turns} times; medians. The "
+        "expected saving counts layers × rows; `bound` is what it allows.",
         "",
         *table(COLUMNS, rows),
     ]
     write_record(arguments.record, lines)
 
 
-def _row(opened: Opened, timed: Timed) -> list[str]:
+def _row(opened: Opened, score: float, timed: Timed) -> list[str]:
     config = opened.exits.model.config
     return [
         opened.task.name,
         f"{config.num_hidden_layers} × {config.hidden_size}",
         f"{timed.num_rows:,}",
         str(timed.batch_size),
-        str(timed.rule),
+        ", ".join(f"{threshold:.9g}" for threshold in timed.rule.thresholds) or str(timed.rule),
+        f"{score:.4f}",
+        " ".join(map(str, timed.num_leaving)),
         f"{timed.expected_saving:.1%}",
         f"{timed.measured_saving:.1%}",
         f"{timed.speedup:.2f}×",

@@ -109,6 +109,7 @@ def seconds_to_exits(opened: Opened, rows: Sequence[Row], num_turns: int = 3) ->
     """[E]: mean seconds of a row on its own from ids to the logits of each exit, ramps on the way included; the median
     of the turns."""
     exits = opened.exits.eval()
+    heads = exits.exit_heads
     turns = []
     batches = batches_of(opened, rows, 1)
     for _ in range(num_turns + 1):
@@ -117,7 +118,7 @@ def seconds_to_exits(opened: Opened, rows: Sequence[Row], num_turns: int = 3) ->
             _wait(exits.device)
             began = time.perf_counter()
             for k, read in exits.walk(batch["input_ids"], None, batch.get("token_type_ids")):  # one row: no padding
-                bool(exits.heads[k](read).isfinite().all())  # asked, as the loop that leaves asks
+                bool(heads[k](read).isfinite().all())  # asked, as the loop that leaves asks
                 sums[k] += time.perf_counter() - began
         turns.append([each / len(batches) for each in sums])
     return [median(turn[k] for turn in turns[1:]) for k in range(exits.num_exits)]

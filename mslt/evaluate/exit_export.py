@@ -54,7 +54,7 @@ class Link(nn.Module):
             _, h_ATD = next(hidden)
         last = self.k == self.exits.num_exits - 1
         read = h_ATD if last else pool(h_ATD, attention_mask, self.exits.options.pooling)
-        return h_ATD, self.exits.heads[self.k](read)
+        return h_ATD, self.exits.exit_heads[self.k](read)
 
 
 def export(exits: EarlyExitModel, rule: ExitRule, sample: Batch, out: Path, kind: str, labels: Sequence[str]) -> float:

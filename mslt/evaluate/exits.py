@@ -205,7 +205,7 @@ class _Read(nn.Module):
         labels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         *read, (k, h_BTD) = self.exits.walk(input_ids, attention_mask, token_type_ids)
-        return {"read": torch.stack([each for _, each in read], 1), "last": self.exits.heads[k](h_BTD)}
+        return {"read": torch.stack([each for _, each in read], 1), "last": self.exits.exit_heads[k](h_BTD)}
 
 
 def _read_once(

@@ -98,8 +98,8 @@ class EarlyExitModel(nn.Module):
             yield number - 1, h_BTD if is_last else pool(h_BTD, attention_mask, self.options.pooling)
 
     @property
-    def heads(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """[B, C] of what an exit reads, one for each."""
+    def exit_heads(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each exit, what makes logits [B, C] of what it reads."""
         return [*self.ramps, partial(families.class_logits, self.model)]
 
     def all_logits(
@@ -110,8 +110,7 @@ class EarlyExitModel(nn.Module):
     ) -> torch.Tensor:
         """[E, B, C]: every exit's, nobody leaves."""
         walk = self.walk(input_ids, attention_mask, token_type_ids)
-        heads = self.heads
-        return torch.stack([heads[k](read) for k, read in walk])
+        return torch.stack([head(read) for head, (_, read) in zip(self.exit_heads, walk, strict=True)])
 
     @torch.no_grad()
     def forward(
@@ -138,9 +137,10 @@ class EarlyExitModel(nn.Module):
         kept_A2 = begun(B if rule.patience is not None else 0, device)
         hidden = iter_hidden(self.model, input_ids, token_type_ids, mask_AT)
         next(hidden)
-        for k, head in enumerate(self.heads):
+        for k, head in enumerate(self.exit_heads):
             _, h_ATD = next(hidden)
-            logits_AC = head(pool(h_ATD, mask_AT, self.options.pooling) if k < E - 1 else h_ATD).float()
+            read = pool(h_ATD, mask_AT, self.options.pooling) if k < E - 1 else h_ATD
+            logits_AC = head(read).float()
             entropy_A = entropy(logits_AC)
             if k < E - 1:
                 leaving_A, kept_A2 = leaves(rule, k, logits_AC, entropy_A, kept_A2)

@@ -47,17 +47,17 @@ class OffRamp(nn.Module):
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """[B, C]."""
         a_BD = self.activation(self.dense(pooled_BD))
-        return self.output(self.dropout(a_BD) if self.training else a_BD)
+        return self.output(self.dropout(a_BD) if self.dropout.training else a_BD)  # a call less is 15 µs of a row
 
 
 def pool(h_BTD: torch.Tensor, attention_mask_BT: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
     """What ramps read of a layer's output, [B, D] in its type: the first token, or the mean of those that are no
-    padding, without a mask of all. The mean is summed up in fp32: autocast lowers matrix products, and no product and
-    sum."""
+    padding. No mask is a mask of ones, to the bit. The mean is summed up in fp32: autocast would lower a matrix
+    product, a product and a sum stay."""
     if pooling == "cls":
         return h_BTD[:, 0]
     if attention_mask_BT is None:
-        return (h_BTD.float() / h_BTD.shape[1]).sum(1).to(h_BTD.dtype)
+        return (h_BTD.float() * (1 / h_BTD.shape[1])).sum(1).to(h_BTD.dtype)
     weights_BT = attention_mask_BT.float()
     weights_BT = weights_BT / weights_BT.sum(1, keepdim=True)
     return (h_BTD.float() * weights_BT[:, :, None]).sum(1).to(h_BTD.dtype)

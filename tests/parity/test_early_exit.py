@@ -132,6 +132,7 @@ def test_mean_pooling_is_the_mean_over_tokens() -> None:
     expected = torch.stack([h[0, :2].mean(0), h[1].mean(0), h[2, 0]])
     torch.testing.assert_close(pool(h, mask, "mean"), expected)
     torch.testing.assert_close(pool(h, None, "mean"), h.mean(1))
+    assert torch.equal(pool(h, torch.ones_like(mask), "mean"), pool(h, None, "mean"))
     assert torch.equal(pool(h, mask, "cls"), h[:, 0])
 
 

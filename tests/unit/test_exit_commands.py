@@ -456,6 +456,8 @@ def test_the_studies_of_options_and_of_speed(
                              "--savings", "0.4", "--batch-sizes", "2")  # fmt: skip
     assert header[:5] == ["exits", "task", "layers", "rows", "at once"]
     assert [row[:5] for row in rows] == [[name, "SST-2", "4 × 32", "3", "2"] for name in ("exits", "mean-42")]
+    assert all(float(score) <= 1 for score in (row[6] for row in rows))
+    assert all(sum(map(int, row[7].split())) == 3 for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
