@@ -218,8 +218,8 @@ _EXITS = Ours(
     "2026-11-22-exit-options-minilm-cpu.md",
 )
 _EXITS_BY_CLOCK = Ours(
-    "MiniLM on SST-2: where 40 % of the layers are saved, 30.5 % of the time in batches of 32 and row by row with means "
-    "of tokens (0.2 points lost), 36.1 % and 30.6 % with the first (2.2 lost)",
+    "MiniLM on SST-2: where 40 % of the layers are saved, 30.5 % of the time in batches of 32 and row by row with "
+    "means of tokens (0.2 points lost), 36.1 % and 30.6 % with the first (2.2 lost)",
     "2026-11-22-exit-speed-minilm-cpu.md",
 )
 
