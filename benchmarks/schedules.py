@@ -9,7 +9,10 @@ OUT/step-times.json, not by the clock of the runs, so that the machine may do ot
 
 import argparse
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import hardware, heading, shape, table, write_record
 from mslt.data.manifest import read_manifest
@@ -59,16 +62,12 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     train, heldout = manifest.splits["train"], manifest.splits["validation"]
     tokens = config.steps * study.base.training.batch_size * study.base.training.sequence_length
     header, *rows = findings_table(found)
-    tuning = {name: {arm.learning_rate: arm for arm in tuning_arms(study, name)} for name in config.schedules}
-    rates = sorted({rate for arms in tuning.values() for rate in arms})
-    tried = [
-        [name, *(f"{heldout_loss(arms[rate]):.3f}" if rate in arms else "–" for rate in rates)]
-        for name, arms in tuning.items()
-    ]
+    tuning = {name: tuning_arms(study, name) for name in config.schedules}
+    rates = sorted({arm.learning_rate for arms in tuning.values() for arm in arms})
+    tried = [_tried(study, arms, rates) for arms in tuning.values()]
     stages = []
     for name, arms in chosen.items():
-        summaries = read_summaries(RunDir(arms[0].run))
-        plan = read_plan(RunDir(arms[0].run))
+        summaries, plan = _stages(arms[0])
         for number, (stage, summary) in enumerate(zip(plan.stages, summaries, strict=True), 1):
             before, after = (summary[f"evaluation_{when}"]["mlm_loss"] for when in ("before", "after"))
             trains = "all" if not stage.frozen else f"top {sum(s.startswith('layer') for s in stage.trainable)}"
@@ -85,15 +84,53 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
         *table(header, rows),
         "",
         *(f"- {line}" for line in verdict(found)),
+        *(f"- {line}" for name, arms in chosen.items() for line in growth_lines(name, arms)),
+        f"- The runs are of the commits {', '.join(sorted(_commits(chosen)))}.",
         "",
-        f"## Learning rates, equal time, seed {config.seeds[0]}",
+        f"## Learning rates and decay shares, equal time, seed {config.seeds[0]}",
         "",
-        *table(["schedule", *(f"{rate:g}" for rate in rates)], tried),
+        *table(["schedule", "decay share", *(f"{rate:g}" for rate in rates), "at the best rate"], tried),
         "",
         f"## Stages, equal time, seed {config.seeds[0]}",
         "",
         *table(["schedule, stage", "layers", "trains", "steps", "MLM before", "MLM after"], stages),
     ]
+
+
+def _tried(study: Study, arms: list[Arm], rates: list[float]) -> list[str]:
+    losses = {arm.learning_rate: f"{heldout_loss(arm):.3f}" for arm in arms if arm.decay_share is None}
+    others = [
+        f"decay share {arm.decay_share:g}: {heldout_loss(arm):.3f}" for arm in arms if arm.decay_share is not None
+    ]
+    own = study.recipe(arms[0]).optimizer.decay_share
+    return [arms[0].name, f"{own:g}", *(losses.get(rate, "–") for rate in rates), ", ".join(others)]
+
+
+def growth_lines(name: str, arms: list[Arm]) -> list[str]:
+    """Over all seeds at equal time: how far growing throws the loss back, and whether every stage lowers it."""
+    jumps, gains = [], []
+    for arm in arms:
+        if arm.equal != "time" or heldout_loss(arm) == math.inf:
+            continue
+        mlm = [
+            [summary[f"evaluation_{when}"]["mlm_loss"] for when in ("before", "after")] for summary in _stages(arm)[0]
+        ]
+        jumps += [after_growth - before for (_, before), (after_growth, _) in pairwise(mlm)]
+        gains += [before - after for before, after in mlm]
+    if not jumps:
+        return []
+    lowers = "every stage lowers the loss" if min(gains) > 0 else f"a stage raises the loss by {-min(gains):.3f}"
+    return [f"{name}: growing changes the loss by {min(jumps):+.3f} to {max(jumps):+.3f} nats; {lowers}."]
+
+
+def _stages(arm: Arm) -> tuple[list[dict[str, Any]], Plan]:
+    run = RunDir(arm.run)
+    return read_summaries(run), read_plan(run)
+
+
+def _commits(chosen: dict[str, list[Arm]]) -> set[str]:
+    runs = [arm.run for arms in chosen.values() for arm in arms]
+    return {json.loads((run / "provenance.json").read_text())["commit"] for run in runs}
 
 
 if __name__ == "__main__":

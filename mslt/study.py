@@ -5,7 +5,8 @@ and equal time. It plans runs and starts them; every run is an ordinary one and 
    figures, what the baseline's take. (So it does not matter what else the machine does while the runs train.)
 2. Every schedule trains for equal time at every learning rate with the first seed; the best held-out loss wins. Where
    that is the lowest or highest rate, the next by the same factor is tried, too, until the best lies between others.
-3. With that rate: the other seeds for equal time, and all seeds for equal steps.
+   At the best rate every other of the study's decay shares is tried, and may win.
+3. With what won: the other seeds for equal time, and all seeds for equal steps.
 """
 
 import json
@@ -44,6 +45,7 @@ _CHANGE_A_STEPS_TIME = {"name", "implementation", "normalize_gradient", "trust_r
 class StudyConfig(Frozen):
     """`recipe` gives all but the schedule, the learning rate and the seed. `schedules` are sections of a recipe without
     steps, by name; the first is the baseline, and has `steps`. `optimizers` may add to a schedule's optimizer section.
+    `decay_shares` are tried for every schedule beside the one that its optimizer section has.
     """
 
     recipe: str
@@ -51,6 +53,7 @@ class StudyConfig(Frozen):
     schedules: Annotated[dict[str, dict[str, Any]], Field(min_length=2)]
     optimizers: dict[str, dict[str, Any]] = Field(default_factory=dict)
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    decay_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
 
     @model_validator(mode="after")
@@ -71,7 +74,8 @@ class StudyConfig(Frozen):
                 found.append(f"optimizers.{name}.learning_rate: is one of learning_rates; remove it here")
             for key in sorted(_CHANGE_A_STEPS_TIME & section.keys()):
                 found.append(f"optimizers.{name}.{key}: changes what a step takes; set it in the recipe, for all alike")
-        for what, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
+        for what in ("seeds", "learning_rates", "decay_shares"):
+            values = getattr(self, what)
             if len(set(values)) < len(values):
                 found.append(f"{what}: one stands there twice")
         if found:
@@ -81,11 +85,13 @@ class StudyConfig(Frozen):
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of the study. `share` is its predicted time over the baseline's."""
+    """One run of the study. `share` is its predicted time over the baseline's; `decay_share` None is its schedule's
+    own."""
 
     name: str
     equal: Equal
     learning_rate: float
+    decay_share: float | None
     seed: int
     steps: int
     share: float
@@ -109,15 +115,20 @@ class Study:
         """Of a picture of the first run of each schedule."""
         return f"equal time, seed {self.config.seeds[0]}"
 
-    def arm(self, name: str, equal: Equal, learning_rate: float, seed: int) -> Arm:
+    def arm(self, name: str, equal: Equal, learning_rate: float, seed: int, decay_share: float | None = None) -> Arm:
         full_s, own_s = (self._total_s(each) for each in (next(iter(self.config.schedules)), name))
         steps = self.config.steps if equal == "steps" else round(self.config.steps * full_s / own_s)
         share = own_s / full_s * steps / self.config.steps
-        run = self.folder / "runs" / _folder_name(name) / f"{equal}-{learning_rate!r}-{seed}"
-        return Arm(name, equal, learning_rate, seed, steps, share, run)
+        decay = "" if decay_share is None else f"-decay-{decay_share!r}"
+        run = self.folder / "runs" / _folder_name(name) / f"{equal}-{learning_rate!r}{decay}-{seed}"
+        return Arm(name, equal, learning_rate, decay_share, seed, steps, share, run)
 
     def recipe(self, arm: Arm) -> Recipe:
-        return variant(self.config, self.base, arm.name, arm.steps, arm.learning_rate, arm.seed)
+        return variant(self.config, self.base, arm.name, arm.steps, arm.learning_rate, arm.decay_share, arm.seed)
+
+    def other_decay_shares(self, name: str) -> list[float]:
+        own = self.config.optimizers.get(name, {}).get("decay_share", self.base.optimizer.decay_share)
+        return [share for share in self.config.decay_shares if share != own]
 
     def step_seconds(self, stage: Stage) -> float:
         return self.step_s[kind_of(stage)]
@@ -143,12 +154,15 @@ def kind_of(stage: Stage) -> str:
 
 
 def variant(
-    config: StudyConfig, base: Recipe, name: str, steps: int, learning_rate: float | None = None, seed: int = 0
-) -> Recipe:
+    config: StudyConfig, base: Recipe, name: str, steps: int, learning_rate: float | None = None,
+    decay_share: float | None = None, seed: int = 0,
+) -> Recipe:  # fmt: skip
     """The recipe of one run of a study; without a learning rate with the first that is tried. Warm-ups are the same
     share of a longer or shorter run. MsltError lists what is wrong with the schedule."""
     optimizer = {**base.optimizer.model_dump(mode="json"), **config.optimizers.get(name, {})}
     optimizer["learning_rate"] = learning_rate or config.learning_rates[0]
+    if decay_share is not None:
+        optimizer["decay_share"] = decay_share
     schedule = {**config.schedules[name], "steps": steps}
     for section, key in ((optimizer, "warmup_steps"), (schedule, "rewarmup_steps")):
         if isinstance(section.get(key), int):
@@ -166,7 +180,7 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     """Read the study, check every schedule, and time a step of each kind of stage where the folder has no times yet.
 
     MsltError, before anything is written, for a study that cannot be run, or a folder with another one, or with runs
-    on other shards or another number of workers.
+    on other shards or another number of workers. More seeds, learning rates and decay shares are the same study.
     """
     config, base = read_study(path)
     plans = _plans(config, base)
@@ -229,7 +243,14 @@ def _plans(config: StudyConfig, base: Recipe) -> list[Plan]:
     return plans
 
 
+_ADD_RUNS = {"seeds", "learning_rates", "decay_shares"}  # and change none
+
+
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    def fixed(described: dict[str, Any]) -> dict[str, Any]:
+        return {**described, "study": {k: v for k, v in described.get("study", {}).items() if k not in _ADD_RUNS}}
+
+    before, after = fixed(before), fixed(after)
     return ", ".join(key for key in after if before.get(key) != after[key])
 
 
@@ -251,27 +272,36 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
             raise MsltError(f"study {study.folder}: {name} diverges at every learning rate; add lower ones")
         # Equal steps are equal time for the baseline, and for what costs the same.
         equals: tuple[Equal, ...] = ("time",) if best.steps == config.steps else ("time", "steps")
-        chosen[name] = [study.arm(name, e, best.learning_rate, seed) for e in equals for seed in config.seeds]
+        chosen[name] = [
+            study.arm(name, equal, best.learning_rate, seed, best.decay_share)
+            for equal in equals for seed in config.seeds
+        ]  # fmt: skip
     _run(study, "equal time and equal steps", [a for arms in chosen.values() for a in arms], train, num_at_once)
     return chosen
 
 
 def tuning_arms(study: Study, name: str) -> list[Arm]:
     """What a schedule's learning rate is chosen from, by rising rates. Once all of the study's are done and the best is
-    the lowest or highest, one more beyond it, as far from it as the next, and so on."""
+    the lowest or highest, one more beyond it, as far from it as the next, and so on. Behind them, once the best is
+    known, the same with the other decay shares."""
 
-    def arm(rate: float) -> Arm:
-        return study.arm(name, "time", rate, study.config.seeds[0])
+    def arm(rate: float, decay_share: float | None = None) -> Arm:
+        return study.arm(name, "time", rate, study.config.seeds[0], decay_share)
 
     arms = [arm(rate) for rate in sorted(study.config.learning_rates)]
     while len(arms) > 1 and all(map(_is_done, arms)):
         losses = [heldout_loss(each) for each in arms]
         best = losses.index(min(losses))
-        if min(losses) == math.inf or 0 < best < len(arms) - 1:
+        if min(losses) == math.inf:
+            return arms
+        if 0 < best < len(arms) - 1:
             break
         rate, inner = arms[best].learning_rate, arms[1 if best == 0 else best - 1].learning_rate
         arms.insert(0 if best == 0 else len(arms), arm(float(f"{rate * rate / inner:.3g}")))
-    return arms
+    if not all(map(_is_done, arms)):
+        return arms
+    rate = min(arms, key=heldout_loss).learning_rate
+    return arms + [arm(rate, share) for share in study.other_decay_shares(name)]
 
 
 def heldout_loss(arm: Arm) -> float:

@@ -30,7 +30,7 @@ def write_finished(
             metrics.append(run.metrics, {"kind": "evaluation", "stage": number, "step": step, **means})
             return means
 
-        means = evaluated(first)
+        before = means = evaluated(first)
         for done in sorted({*range(every, stage.steps, every), stage.steps}):
             trained = {
                 "step": first + done,
@@ -47,6 +47,7 @@ def write_finished(
             "stage": index + 1,
             "steps": stage.steps,
             "world_size": 2,
+            "evaluation_before": before,
             "evaluation_after": means,
             "spent_s": {"train": stage.steps * each_s, "evaluation": 99.0},
             "reduced_bytes": stage.steps * REDUCED_BYTES,

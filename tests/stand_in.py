@@ -22,10 +22,12 @@ BEST_RATES = {"full": 0.02}
 BEST_RATE = 0.01  # of every other schedule
 
 
-def loss_of(schedule: str, rate: float, seed: int, steps: int) -> float:
-    """Half a nat less for each e-fold of steps, a tenth for full training, and a seed's number of hundredths more."""
+def loss_of(schedule: str, rate: float, seed: int, steps: int, decay_share: float = 1.0) -> float:
+    """Half a nat less for each e-fold of steps, a tenth for full training, and a seed's number of hundredths more. A
+    rate that falls late takes a fifth off, of full training it adds that."""
     off = math.log(rate / BEST_RATES.get(schedule, BEST_RATE))
-    return 5.0 - 0.5 * math.log(steps / 60) - 0.1 * (schedule == "full") + off**2 / 10 + seed / 100
+    late = 0.0 if decay_share == 1.0 else 0.2 if schedule == "full" else -0.2
+    return 5.0 - 0.5 * math.log(steps / 60) - 0.1 * (schedule == "full") + off**2 / 10 + seed / 100 + late
 
 
 def measure(plan: Plan) -> list[dict[str, list[float]]]:
@@ -36,8 +38,10 @@ def measure(plan: Plan) -> list[dict[str, list[float]]]:
 
 
 def told(recipe: Recipe) -> str:
-    """`full-0.01-0-60`: schedule, learning rate, seed and steps."""
-    return f"{recipe.schedule.name}-{recipe.optimizer.learning_rate:g}-{recipe.training.seed}-{recipe.schedule.steps}"
+    """`full-0.01-0-60`: schedule, learning rate, seed and steps; behind them a decay share that is not 1."""
+    late = "" if recipe.optimizer.decay_share == 1.0 else f"-{recipe.optimizer.decay_share:g}"
+    rate = recipe.optimizer.learning_rate
+    return f"{recipe.schedule.name}-{rate:g}-{recipe.training.seed}-{recipe.schedule.steps}{late}"
 
 
 def trainer(folder: Path) -> Callable[[Path, Path, Path], None]:
@@ -49,7 +53,9 @@ def trainer(folder: Path) -> Callable[[Path, Path, Path], None]:
             calls.write(f"{told(recipe)}\n")
         log.write_text("trained")
         schedule, plan = recipe.schedule, make_plan(recipe, {})
-        loss = loss_of(schedule.name, recipe.optimizer.learning_rate, recipe.training.seed, schedule.steps)
+        optimizer = recipe.optimizer
+        loss = loss_of(schedule.name, optimizer.learning_rate, recipe.training.seed, schedule.steps,
+                       optimizer.decay_share)  # fmt: skip
         shutil.rmtree(run, ignore_errors=True)
         write_finished(run, plan, lambda step: loss + 1 - step / plan.steps, [0.5] * len(plan.stages), 10**6)
         failure = json.loads(fails.read_text()).get(told(recipe)) if fails.exists() else None

@@ -5,6 +5,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from scipy.special import stdtrit
+
 from mslt.rundir import RunDir, read_summaries
 from mslt.study import Arm, Study, heldout_loss
 
@@ -24,6 +26,17 @@ class Spread:
         known = len(self.values) > 1 and all(map(math.isfinite, self.values))  # a seed that diverged is infinite
         return statistics.stdev(self.values) if known else None
 
+    @property
+    def half_width(self) -> float | None:
+        """Of the mean's 95 % interval by Student's t."""
+        n = len(self.values)
+        return None if self.deviation is None else float(stdtrit(n - 1, 0.975)) * self.deviation / math.sqrt(n)
+
+    @property
+    def is_from_zero(self) -> bool:
+        """Whether that interval leaves out 0; never of one value."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
 
@@ -41,6 +54,7 @@ class Finding:
 
     name: str
     learning_rate: float
+    decay_share: float
     tuned: bool
     steps_at_equal_time: int
     clock_share: float
@@ -72,6 +86,7 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
             Finding(
                 name=name,
                 learning_rate=timed[0].learning_rate,
+                decay_share=study.recipe(timed[0]).optimizer.decay_share,
                 tuned=len(study.config.learning_rates) > 1,
                 steps_at_equal_time=timed[0].steps,
                 clock_share=clock_s / full_s,
@@ -119,14 +134,16 @@ def as_json(found: list[Finding]) -> str:
 def table(found: list[Finding]) -> list[list[str]]:
     """A header and a row for each finding, as text."""
     first = found[0].name
-    rows = [["schedule", "learning rate", "steps in equal time", "by the clock", "MLM at equal time", f"minus {first}",
-             "time of equal steps", "MLM at equal steps", f"minus {first}", f"time to {first}'s loss"]]  # fmt: skip
+    rows = [["schedule", "learning rate", "decay share", "steps in equal time", "by the clock", "MLM at equal time",
+             f"minus {first}", "time of equal steps", "MLM at equal steps", f"minus {first}",
+             f"time to {first}'s loss"]]  # fmt: skip
     for one in found:
         share = "not reached" if one.share_to_baseline is None else str(one.share_to_baseline)
         rows.append(
             [
                 one.name,
                 f"{one.learning_rate:g}",
+                f"{one.decay_share:g}",
                 f"{one.steps_at_equal_time:,}",
                 f"{one.clock_share:.2f}",
                 str(one.at_equal_time),
@@ -137,7 +154,7 @@ def table(found: list[Finding]) -> list[list[str]]:
                 f"at most {share}" if one.at_most else share,
             ]
         )
-    rows[1][5] = rows[1][8] = rows[1][9] = "–"
+    rows[1][6] = rows[1][9] = rows[1][10] = "–"
     return rows
 
 
@@ -159,14 +176,16 @@ def verdict(found: list[Finding]) -> list[str]:
         apart = _minus(losses[second], losses[best])
         if apart.deviation is None:
             sure = "; with one seed nothing is known of chance"
-        elif apart.mean > apart.deviation:
-            sure = ""
         else:
-            sure = "; that is within the spread over seeds"
+            sure = "" if apart.is_from_zero else f"; the 95 % interval, ± {apart.half_width:.3f}, holds 0"
         lines.append(
             f"At equal {what} {found[best].name} is best with {losses[best]}, {apart} nats before {found[second].name} "
             f"(seed by seed){sure}. {first.name} has {losses[0]}."
         )
+    if first.at_equal_time.deviation is not None:
+        told = [one for one in found[1:] if one.at_equal_time_minus_baseline.is_from_zero]
+        names = [f"{one.name} ({'better' if one.at_equal_time_minus_baseline.mean < 0 else 'worse'})" for one in told]
+        lines[0] += f" Told from it by a 95 % interval, each by itself: {', '.join(names) or 'none'}."
     tuned = any(one.tuned for one in found)
     lines[-1] += " The learning rates were tuned at equal time." if tuned else " The learning rate was not tuned."
     reached = {one.name: one.share_to_baseline for one in found[1:] if one.share_to_baseline is not None}

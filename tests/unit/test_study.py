@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import mslt.launcher
 import mslt.study
+from benchmarks import schedules
 from mslt.cli.main import app
 from mslt.config import load_recipe
 from mslt.cost import for_timing
@@ -144,13 +145,13 @@ def test_findings_by_hand(study: Study, chosen: dict[str, list[Arm]]) -> None:
     reached = (2 / 3) ** (1 - 0.1 / (0.5 * math.log(1.5)))
     full, grown = findings(study, chosen)
     assert full == Finding(
-        name="full", learning_rate=0.02, tuned=True, steps_at_equal_time=60, clock_share=1.0,
+        name="full", learning_rate=0.02, decay_share=1.0, tuned=True, steps_at_equal_time=60, clock_share=1.0,
         at_equal_time=near(4.9, 4.93), at_equal_time_minus_baseline=Spread((0.0, 0.0)), share_of_time=1.0,
         at_equal_steps=near(4.9, 4.93), at_equal_steps_minus_baseline=Spread((0.0, 0.0)),
         share_to_baseline=Spread((1.0, 1.0)), at_most=False,
     )  # fmt: skip
     assert grown == Finding(
-        name="mslt k=2", learning_rate=0.01, tuned=True,
+        name="mslt k=2", learning_rate=0.01, decay_share=1.0, tuned=True,
         steps_at_equal_time=90, clock_share=pytest.approx(1.5),  # type: ignore[arg-type]
         at_equal_time=near(late, late + 0.03), at_equal_time_minus_baseline=near(late - 4.9, late - 4.9),
         share_of_time=pytest.approx(2 / 3),  # type: ignore[arg-type]
@@ -256,6 +257,48 @@ def test_rates_are_tried_until_the_best_lies_between_others(tmp_path: Path, tiny
     assert chosen["mslt k=2"][0].learning_rate == 0.01
 
 
+def test_other_decay_shares_are_tried_at_the_best_rate(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
+    own_late = {"late": {"name": "mslt", "k": 2}}
+    study = opened(tmp_path, tiny_sections, schedules={**FULL_AND_GROWN, **own_late}, decay_shares=[1.0, 0.1],
+                   optimizers={"late": {"decay_share": 0.1}})  # fmt: skip
+    chosen = run_study(study, stand_in.trainer(tmp_path), 2)
+    tried = {name: [(arm.learning_rate, arm.decay_share) for arm in tuning_arms(study, name)][-1] for name in chosen}
+    assert tried == {"full": (0.02, 0.1), "mslt k=2": (0.01, 0.1), "late": (0.01, 1.0)}
+    won = {name: {(arm.learning_rate, arm.decay_share) for arm in arms} for name, arms in chosen.items()}
+    assert won == {"full": {(0.02, None)}, "mslt k=2": {(0.01, 0.1)}, "late": {(0.01, None)}}
+    assert [one.decay_share for one in findings(study, chosen)] == [1.0, 0.1, 0.1]
+    assert calls(tmp_path)["mslt-0.01-0-90-0.1"] == 2, "once with its name, once as its schedule's own"
+    assert calls(tmp_path)["mslt-0.01-3-60-0.1"] == 2
+    assert calls(tmp_path)["full-0.02-0-60-0.1"] == 1
+    before = calls(tmp_path)
+    more = opened(tmp_path, tiny_sections, schedules={**FULL_AND_GROWN, **own_late}, decay_shares=[1.0, 0.1],
+                  optimizers={"late": {"decay_share": 0.1}}, seeds=[0, 3, 4])  # fmt: skip
+    run_study(more, stand_in.trainer(tmp_path), 2)
+    assert sum((calls(tmp_path) - before).values()) == 5, "a seed more is the same study"
+
+
+def test_the_record_of_a_study(tmp_path: Path, tiny_sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    study = opened(tmp_path, tiny_sections, decay_shares=[1.0, 0.1])
+    chosen = run_study(study, stand_in.trainer(tmp_path), 2)
+    split = SimpleNamespace(tokens=1000)
+    manifest = SimpleNamespace(splits={"train": split, "validation": split}, unigram_entropy_nats=6.9)
+    monkeypatch.setattr(schedules, "read_manifest", lambda folder: manifest)
+    lines = schedules.report(study, chosen, SHARDS, 1)
+    found = findings(study, chosen)
+    assert [line.removeprefix("- ") for line in lines if line.startswith("- ")][:-2] == verdict(found)
+    assert "- mslt k=2: growing changes the loss by +0.000 to +0.000 nats; every stage lowers the loss." in lines
+    (commits,) = (line for line in lines if "of the commits" in line)
+    commit = json.loads((chosen["full"][0].run / "provenance.json").read_text())["commit"]
+    assert commits == f"- The runs are of the commits {commit}."
+    # The best rates are 0.02 and 0.01, a rate that falls late adds a fifth to full training and takes it off others.
+    full, grown = loss_of("full", 0.02, 0, 60), loss_of("mslt", 0.01, 0, 90)
+    (row,) = (line for line in lines if line.startswith("| full | 1 | –"))
+    assert f"| {full:.3f} |" in row
+    assert row.endswith(f"| decay share 0.1: {full + 0.2:.3f} |")
+    (row,) = (line for line in lines if line.startswith("| mslt k=2 | 1 | "))
+    assert row.endswith(f"| decay share 0.1: {grown - 0.2:.3f} |")
+
+
 def test_a_run_that_diverges_is_no_candidate(
     tmp_path: Path, tiny_sections: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +357,7 @@ def test_a_seed_that_diverges_at_the_chosen_rate_is_reported(tmp_path: Path, tin
     assert grown.at_equal_time_minus_baseline.mean == math.inf
     assert grown.at_equal_steps.mean == pytest.approx(5.015)
     assert grown.share_to_baseline is None, "not in every seed"
-    assert table(found)[2][3:6] == [f"{grown.clock_share:.2f}", "inf", "+inf"]
+    assert table(found)[2][4:7] == [f"{grown.clock_share:.2f}", "inf", "+inf"]
     text = as_json(found)
     assert "Infinity" not in text
     assert "NaN" not in text
@@ -329,13 +372,13 @@ def test_a_seed_that_diverges_at_the_chosen_rate_is_reported(tmp_path: Path, tin
 
 
 def test_what_costs_the_same_runs_for_equal_time_alone(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
-    schedules = {"full": {"name": "full"}, "full, stable": {"name": "full"}}
-    optimizers = {"full, stable": {"decay_share": 0.2}}
+    schedules = {"full": {"name": "full"}, "full, less decay": {"name": "full"}}
+    optimizers = {"full, less decay": {"weight_decay": 0.005}}
     study = opened(tmp_path, tiny_sections, learning_rates=[0.02], schedules=schedules, optimizers=optimizers)
     chosen = run_study(study, stand_in.trainer(tmp_path), 1)
-    assert [(arm.equal, arm.steps, arm.share) for arm in chosen["full, stable"]] == [("time", 60, 1.0)] * 2
-    assert study.recipe(chosen["full, stable"][0]).optimizer.decay_share == 0.2
-    assert study.recipe(chosen["full"][0]).optimizer.decay_share == 1.0
+    assert [(arm.equal, arm.steps, arm.share) for arm in chosen["full, less decay"]] == [("time", 60, 1.0)] * 2
+    assert study.recipe(chosen["full, less decay"][0]).optimizer.weight_decay == 0.005
+    assert study.recipe(chosen["full"][0]).optimizer.weight_decay == 0.01
     _, stable = findings(study, chosen)
     assert stable.at_equal_steps == stable.at_equal_time
     assert stable.share_of_time == 1.0
@@ -347,7 +390,8 @@ def test_a_folder_holds_one_study(tmp_path: Path, tiny_sections: dict[str, Any])
     opened(tmp_path, tiny_sections)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     other = {**tiny_sections, "training": {**tiny_sections["training"], "clip_norm": 0.5}}
-    for sections, changes in ((tiny_sections, {"steps": 61}), (tiny_sections, {"seeds": [0]}), (other, {})):
+    fewer = {"schedules": {"full": {"name": "full"}, "mslt k=2": {"name": "mslt", "k": 4}}}
+    for sections, changes in ((tiny_sections, {"steps": 61}), (tiny_sections, fewer), (other, {})):
         with pytest.raises(MsltError, match=r"out: holds another study \(its .* differ\); take another --out"):
             open_study(write_study(tmp_path, sections, **changes), tmp_path / "out", SHARDS, 1, never)
     path = write_study(tmp_path, tiny_sections)
@@ -555,7 +599,7 @@ def finding(
     """Of three seeds, against BASELINE_LOSSES."""
     minus = [Spread(tuple(a - b for a, b in zip(each, BASELINE_LOSSES, strict=True))) for each in (at_time, at_steps)]
     usual: dict[str, Any] = {
-        "learning_rate": 0.02, "tuned": True, "steps_at_equal_time": round(60 / share),
+        "learning_rate": 0.02, "decay_share": 1.0, "tuned": True, "steps_at_equal_time": round(60 / share),
         "clock_share": 1.0, "at_most": False,
     }  # fmt: skip
     return Finding(
@@ -570,7 +614,7 @@ BASELINE = finding("full", BASELINE_LOSSES, BASELINE_LOSSES, 1.0, Spread((1.0, 1
 # At equal time 0.11, 0.1 and 0.09 nats before full, at equal steps 0.05 and 0.01 behind and 0.03 before.
 FASTER = finding(
     "mslt k=2", (2.87, 2.9, 2.93), (3.03, 3.01, 2.99), 2 / 3, Spread((0.7, 0.75, 0.8)), learning_rate=0.01,
-    clock_share=1.13,
+    decay_share=0.1, clock_share=1.13,
 )  # fmt: skip
 NEVER = finding("late", (3.19, 3.2, 3.21), (3.4, 3.4, 3.4), 0.5, None)
 AT_ONCE = finding("early", (2.8, 2.8, 2.8), (2.95, 2.95, 2.95), 0.5, Spread((0.5, 0.5, 0.5)), at_most=True)
@@ -578,26 +622,26 @@ AT_ONCE = finding("early", (2.8, 2.8, 2.8), (2.95, 2.95, 2.95), 0.5, Spread((0.5
 
 def test_the_table_by_hand() -> None:
     header, *rows = table([BASELINE, FASTER, NEVER, AT_ONCE])
-    assert header[3:6] == ["by the clock", "MLM at equal time", "minus full"]
+    assert header[4:7] == ["by the clock", "MLM at equal time", "minus full"]
     assert header[-1] == "time to full's loss"
     assert [len(row) for row in rows] == [len(header)] * 4
     assert rows == [
-        ["full", "0.02", "60", "1.00", "3.000 ± 0.020", "–", "1.00", "3.000 ± 0.020", "–", "–"],
-        ["mslt k=2", "0.01", "90", "1.13", "2.900 ± 0.030", "-0.100 ± 0.010", "0.67", "3.010 ± 0.020",
+        ["full", "0.02", "1", "60", "1.00", "3.000 ± 0.020", "–", "1.00", "3.000 ± 0.020", "–", "–"],
+        ["mslt k=2", "0.01", "0.1", "90", "1.13", "2.900 ± 0.030", "-0.100 ± 0.010", "0.67", "3.010 ± 0.020",
          "+0.010 ± 0.040", "0.750 ± 0.050"],
-        ["late", "0.02", "120", "1.00", "3.200 ± 0.010", "+0.200 ± 0.010", "0.50", "3.400 ± 0.000", "+0.400 ± 0.020",
-         "not reached"],
-        ["early", "0.02", "120", "1.00", "2.800 ± 0.000", "-0.200 ± 0.020", "0.50", "2.950 ± 0.000", "-0.050 ± 0.020",
-         "at most 0.500 ± 0.000"],
+        ["late", "0.02", "1", "120", "1.00", "3.200 ± 0.010", "+0.200 ± 0.010", "0.50", "3.400 ± 0.000",
+         "+0.400 ± 0.020", "not reached"],
+        ["early", "0.02", "1", "120", "1.00", "2.800 ± 0.000", "-0.200 ± 0.020", "0.50", "2.950 ± 0.000",
+         "-0.050 ± 0.020", "at most 0.500 ± 0.000"],
     ]  # fmt: skip
 
 
 def test_the_verdict_by_hand() -> None:
     assert verdict([BASELINE, FASTER, NEVER]) == [
         "At equal time mslt k=2 is best with 2.900 ± 0.030, 0.100 ± 0.010 nats before full (seed by seed). full has "
-        "3.000 ± 0.020.",
-        "At equal steps full is best with 3.000 ± 0.020, 0.010 ± 0.040 nats before mslt k=2 (seed by seed); that is "
-        "within the spread over seeds. full has 3.000 ± 0.020. The learning rates were tuned at equal time.",
+        "3.000 ± 0.020. Told from it by a 95 % interval, each by itself: mslt k=2 (better), late (worse).",
+        "At equal steps full is best with 3.000 ± 0.020, 0.010 ± 0.040 nats before mslt k=2 (seed by seed); the 95 % "
+        "interval, ± 0.099, holds 0. full has 3.000 ± 0.020. The learning rates were tuned at equal time.",
         "mslt k=2 comes to the final loss of full first, in 0.750 ± 0.050 of its time.",
     ]
     lines = verdict([BASELINE, FASTER, AT_ONCE])
@@ -617,8 +661,20 @@ def test_a_lead_counts_by_its_spread_and_not_by_the_losses() -> None:
     ahead = replace(FASTER, at_equal_time=Spread(tuple(loss - 0.1 for loss in apart)))
     (first, *_) = verdict([full, ahead])
     assert "is best with 2.900 ± 0.200, 0.100 ± 0.000 nats before full (seed by seed). full" in first
-    crossed = replace(ahead, at_equal_time=Spread((3.1, 2.9, 2.7)))
-    assert "that is within the spread over seeds" in verdict([full, crossed])[0]
+    crossed = replace(ahead, at_equal_time=Spread((3.1, 2.9, 2.7)),
+                      at_equal_time_minus_baseline=Spread((0.3, -0.1, -0.5)))  # fmt: skip
+    assert "the 95 % interval, ± 0.994, holds 0" in verdict([full, crossed])[0]
+    assert "Told from it by a 95 % interval, each by itself: none." in verdict([full, crossed])[0]
+
+
+def test_an_interval_by_the_table_of_students_t() -> None:
+    """4.303 of 2 degrees of freedom, 12.706 of one."""
+    spread = Spread((0.9, 1.0, 1.1))
+    assert spread.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert Spread((0.0, 0.2)).half_width == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
+    assert (Spread((3.0,)).half_width, Spread((3.0,)).is_from_zero) == (None, False)
+    assert spread.is_from_zero
+    assert not Spread((-0.1, 0.3, 0.1)).is_from_zero
 
 
 def test_of_one_seed_no_lead_is_told_from_chance() -> None:
