@@ -57,7 +57,8 @@ def main() -> None:
         f"Predicted hours of 1,000,000 steps of 1,024 samples on {NUM_GPUS} V100s (peaks {card.fp32_tflops} TFLOP/s in "
         f"fp32, {card.half_tflops} in fp16, of which {FP32_EFFICIENCY:.0%} and {HALF_EFFICIENCY:.0%} are taken to be "
         "reached), a ring all-reduce after the backward pass over the slowest link, k=4, a fifth of the steps to "
-        "retrain. The reported hours follow from table 3 of the paper."
+        "retrain. The reported hours follow from table 3 of the paper. No one row's precision and network fits both "
+        "models."
     )
     head = heading("The paper's cluster, predicted", this_command(), provenance(), f"none needed ({hardware()})")
     write_record(options.record, [*head, note, "", *table(["", "full, h", "mslt, h", "speedup"], rows)])

@@ -29,7 +29,7 @@ class Forecast:
 
     def steps_in(self, seconds: float) -> int:
         """Steps that fit into a time, divided over the stages in the same way."""
-        return int(self.schedule.steps * seconds / self.total_s)
+        return int(round(self.schedule.steps * seconds / self.total_s, 6))  # a quotient of 1 is all steps
 
 
 def alternatives(recipe: Recipe) -> dict[str, Recipe]:
@@ -97,8 +97,9 @@ def advice(recipe: Recipe, found: list[Forecast], costs: StepCosts, hours: float
     if fastest.speedup < PAYS_FROM:
         return (
             f"Growing will not pay here: no schedule is more than {fastest.speedup:.2f} times as fast at equal steps "
-            f"(worth it from {PAYS_FROM}), and {unshrinking_share(recipe, costs):.0%} of a full step is in embeddings, "
-            "heads and loading, which none shrinks. Train with `schedule: {name: full}`."
+            f"(worth it from {PAYS_FROM}, a guess), and {unshrinking_share(recipe, costs):.0%} of a full step is what "
+            "every stage has: embeddings, heads, loading, the fixed part of an update. Train with "
+            "`schedule: {name: full}`."
         )
     if best is None:
         return (

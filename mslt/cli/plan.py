@@ -128,6 +128,8 @@ def _print_forecast(made: Plan, costs: StepCosts, found: list[Forecast], hours: 
         cells = [f"{1000 * value:,.1f}" for value in (*each.values(), sum(each.values()))]
         stages.add_row(str(number), *cells)
     console.print(stages)
+    if costs.layer_forward:
+        console.print(f"A layer's backward pass takes {costs.layer_backward / costs.layer_forward:.2f} forward passes.")
     schedules = Table(title=f"{made.steps:,} steps by each schedule, and what fits into the time of the full one")
     schedules.add_column("schedule")
     headings = ["time", "speedup", "steps in full's time"] + ([f"steps in {hours:g} h"] if hours is not None else [])

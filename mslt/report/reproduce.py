@@ -205,7 +205,7 @@ _SURGERY = f"--preset convexity {_tasks(paper.SURGERY_TASKS)}"
 _SENTEVAL = "git clone https://github.com/facebookresearch/SentEval"
 _FORETOLD = Ours(
     "foretold from data sheets, if it was fp32 over 100 Gb/s, which the paper does not say: 81.5 h in full, 39.6 in "
-    "stages; the paper's 41 h for 480,000 steps scale to 85.4, and it has 40",
+    "stages; the paper's 41 h for 480,000 steps scale to 85.4, and it has 40. So foretold, BERT-Large is half too slow",
     "2026-11-21-paper-cluster.md",
 )
 _SMALL = Ours(
