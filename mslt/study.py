@@ -13,12 +13,15 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field, model_validator
 
@@ -39,6 +42,8 @@ Measure = Callable[[Plan], list[dict[str, list[float]]]]  # what the parts of a 
 Train = Callable[[Path, Path, Path], None]  # of a recipe's path, a run directory and a log
 
 
+TIMING_ROUNDS = 3  # launches that each time some blocks of steps; a figure is the median of all blocks
+RESAMPLINGS = 1000
 _CHANGE_A_STEPS_TIME = {"name", "implementation", "normalize_gradient", "trust_ratio_bounds"}
 
 
@@ -102,13 +107,17 @@ class Arm:
 class Study:
     """A study in its folder: OUT/step-times.json, OUT/runs/NAME/EQUAL-RATE-SEED, and the recipe of each beside it.
 
-    `step_s` is what a step of each kind of stage takes, by `kind_of` it.
+    `times` are the timed blocks of each kind of stage, by `kind_of` it, `step_s` is what a step of it takes.
     """
 
     config: StudyConfig
     folder: Path
     base: Recipe
-    step_s: dict[str, float]
+    times: dict[str, dict[str, list[float]]]
+
+    @cached_property
+    def step_s(self) -> dict[str, float]:
+        return {kind: self._step_seconds(times) for kind, times in self.times.items()}
 
     @property
     def title(self) -> str:
@@ -122,6 +131,23 @@ class Study:
         decay = "" if decay_share is None else f"-decay-{decay_share!r}"
         run = self.folder / "runs" / _folder_name(name) / f"{equal}-{learning_rate!r}{decay}-{seed}"
         return Arm(name, equal, learning_rate, decay_share, seed, steps, share, run)
+
+    def equal_time_range(self, name: str) -> tuple[int, int]:
+        """95 % of the steps that equal time would be with the timed blocks drawn anew: those of all kinds of stages
+        together, for they took turns."""
+        full, own = (self._steps_of_kinds(each) for each in (next(iter(self.config.schedules)), name))
+        num_blocks = len(next(iter(next(iter(self.times.values())).values())))
+        draws, found = np.random.default_rng(0), []
+        for _ in range(RESAMPLINGS):
+            blocks = draws.integers(num_blocks, size=num_blocks)
+            step_s = {
+                kind: self._step_seconds({p: [values[block] for block in blocks] for p, values in times.items()})
+                for kind, times in self.times.items()
+            }
+            full_s, own_s = (sum(n * step_s[kind] for kind, n in steps.items()) for steps in (full, own))
+            found.append(round(self.config.steps * full_s / own_s))
+        low, high = np.percentile(found, [2.5, 97.5])
+        return round(low), round(high)
 
     def recipe(self, arm: Arm) -> Recipe:
         return variant(self.config, self.base, arm.name, arm.steps, arm.learning_rate, arm.decay_share, arm.seed)
@@ -140,8 +166,21 @@ class Study:
 
     def _total_s(self, name: str) -> float:
         """What the schedule takes for as many steps as the baseline."""
+        return sum(steps * self.step_s[kind] for kind, steps in self._steps_of_kinds(name).items())
+
+    def _steps_of_kinds(self, name: str) -> Counter[str]:
+        """Of as many steps as the baseline has, those of each kind of stage."""
         plan = make_plan(variant(self.config, self.base, name, self.config.steps), {})
-        return sum(stage.steps * self.step_seconds(stage) for stage in plan.stages)
+        found: Counter[str] = Counter()
+        for stage in plan.stages:
+            found[kind_of(stage)] += stage.steps
+        return found
+
+    def _step_seconds(self, times: dict[str, list[float]]) -> float:
+        """Of a step, from the timed blocks of its parts."""
+        (parts,) = medians([times])
+        computing = sum(seconds for part, seconds in parts.items() if part != "data")
+        return computing + waiting_for_data(parts["data"], computing, self.base.watch.loader_workers)
 
 
 def kind_of(stage: Stage) -> str:
@@ -197,22 +236,17 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     write_json(file, described)
     if not times_file.exists():
         kinds = {kind_of(stage): for_timing(stage) for plan in plans for stage in plan.stages}
-        timed = measure(plans[0].model_copy(update={"stages": tuple(kinds.values())}))
-        times = dict(zip(kinds, timed, strict=True))
+        timing = plans[0].model_copy(update={"stages": tuple(kinds.values())})
+        rounds = [measure(timing) for _ in range(TIMING_ROUNDS)]
+        times = {
+            kind: {part: [second for each in rounds for second in each[index][part]] for part in rounds[0][index]}
+            for index, kind in enumerate(kinds)
+        }
         write_json(times_file, {"provenance": provenance(), "stages": times})
-    times = json.loads(times_file.read_text())["stages"]
-    step_s = {kind: _seconds(parts, base.watch.loader_workers) for kind, parts in times.items()}
-    study = Study(config, folder, base, step_s)
+    study = Study(config, folder, base, json.loads(times_file.read_text())["stages"])
     for name in config.schedules:
         study.recipe(study.arm(name, "time", config.learning_rates[0], config.seeds[0]))  # as long as it will be
     return study
-
-
-def _seconds(timed: dict[str, list[float]], num_loaders: int) -> float:
-    """Of a step, from the seconds of its parts."""
-    (parts,) = medians([timed])
-    computing = sum(seconds for part, seconds in parts.items() if part != "data")
-    return computing + waiting_for_data(parts["data"], computing, num_loaders)
 
 
 def read_study(path: Path) -> tuple[StudyConfig, Recipe]:

@@ -43,7 +43,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finding:
-    """One schedule. Losses are held-out MLM at the end, in nats, `minus_baseline` seed by seed.
+    """One schedule. Losses are held-out MLM at the end, in nats, `minus_baseline` seed by seed. `steps_range` is what
+    equal time may be as well, by the spread of the times it is counted from.
 
     `share_of_time` is what equal steps take of the baseline's time, by the measured time of a step; `clock_share` what
     the runs of equal time took of the baseline's by the clock, on a machine that may have done other things.
@@ -57,6 +58,7 @@ class Finding:
     decay_share: float
     tuned: bool
     steps_at_equal_time: int
+    steps_range: tuple[int, int]
     clock_share: float
     at_equal_time: Spread
     at_equal_time_minus_baseline: Spread
@@ -89,6 +91,7 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
                 decay_share=study.recipe(timed[0]).optimizer.decay_share,
                 tuned=len(study.config.learning_rates) > 1,
                 steps_at_equal_time=timed[0].steps,
+                steps_range=study.equal_time_range(name),
                 clock_share=clock_s / full_s,
                 at_equal_time=at_time,
                 at_equal_time_minus_baseline=_minus(at_time, full),
@@ -139,12 +142,13 @@ def table(found: list[Finding]) -> list[list[str]]:
              f"time to {first}'s loss"]]  # fmt: skip
     for one in found:
         share = "not reached" if one.share_to_baseline is None else str(one.share_to_baseline)
+        low, high = one.steps_range
         rows.append(
             [
                 one.name,
                 f"{one.learning_rate:g}",
                 f"{one.decay_share:g}",
-                f"{one.steps_at_equal_time:,}",
+                f"{one.steps_at_equal_time:,}" + (f" ({low:,} to {high:,})" if low < high else ""),
                 f"{one.clock_share:.2f}",
                 str(one.at_equal_time),
                 _signed(one.at_equal_time_minus_baseline),

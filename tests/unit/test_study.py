@@ -27,7 +27,7 @@ from mslt.plan import Plan
 from mslt.report.study import Finding, Spread, as_json, findings, share_to_reach, table, verdict
 from mslt.rundir import RunDir, read_plan
 from mslt.schedule import make_plan
-from mslt.study import Arm, Study, heldout_loss, kind_of, open_study, run_study, tuning_arms
+from mslt.study import TIMING_ROUNDS, Arm, Study, heldout_loss, kind_of, open_study, run_study, tuning_arms
 from tests import stand_in
 from tests.stand_in import loss_of
 
@@ -145,14 +145,15 @@ def test_findings_by_hand(study: Study, chosen: dict[str, list[Arm]]) -> None:
     reached = (2 / 3) ** (1 - 0.1 / (0.5 * math.log(1.5)))
     full, grown = findings(study, chosen)
     assert full == Finding(
-        name="full", learning_rate=0.02, decay_share=1.0, tuned=True, steps_at_equal_time=60, clock_share=1.0,
-        at_equal_time=near(4.9, 4.93), at_equal_time_minus_baseline=Spread((0.0, 0.0)), share_of_time=1.0,
+        name="full", learning_rate=0.02, decay_share=1.0, tuned=True, steps_at_equal_time=60,
+        steps_range=(60, 60), clock_share=1.0, at_equal_time=near(4.9, 4.93),
+        at_equal_time_minus_baseline=Spread((0.0, 0.0)), share_of_time=1.0,
         at_equal_steps=near(4.9, 4.93), at_equal_steps_minus_baseline=Spread((0.0, 0.0)),
         share_to_baseline=Spread((1.0, 1.0)), at_most=False,
     )  # fmt: skip
     assert grown == Finding(
         name="mslt k=2", learning_rate=0.01, decay_share=1.0, tuned=True,
-        steps_at_equal_time=90, clock_share=pytest.approx(1.5),  # type: ignore[arg-type]
+        steps_at_equal_time=90, steps_range=(90, 90), clock_share=pytest.approx(1.5),  # type: ignore[arg-type]
         at_equal_time=near(late, late + 0.03), at_equal_time_minus_baseline=near(late - 4.9, late - 4.9),
         share_of_time=pytest.approx(2 / 3),  # type: ignore[arg-type]
         at_equal_steps=near(5.0, 5.03), at_equal_steps_minus_baseline=near(0.1, 0.1),
@@ -177,6 +178,20 @@ def test_a_loss_reached_before_equal_steps_in_one_seed_is_reached_at_most_then(
     assert grown.at_most
 
 
+def test_what_equal_time_may_be_is_drawn_from_the_timed_blocks(study: Study) -> None:
+    """Of two blocks the second finds growing's steps half as dear: by it alone 180 steps are 60 of full training."""
+    whole = {"forward": [12.0, 12.0], "data": [0.0, 0.0]}
+    kinds = {kind: {"forward": [s, s if s == 12.0 else s / 2], "data": [0.0, 0.0]} for kind, s in STEP_S.items()}
+    drawn = replace(study, times=kinds)
+    assert kinds["4 layers, frozen: none"] == whole
+    assert drawn.equal_time_range("full") == (60, 60)
+    total_s = [24 * 6.0 + 24 * 8.0 + 12 * 12.0, 24 * 3.0 + 24 * 4.0 + 12 * 12.0]
+    assert drawn.equal_time_range("mslt k=2") == tuple(round(60 * 720 / s) for s in total_s)
+    assert study.equal_time_range("mslt k=2") == (90, 90), "what disturbs all alike"
+    row = table([replace(BASELINE, steps_range=(58, 63))])[1]
+    assert row[3] == "60 (58 to 63)"
+
+
 def test_a_step_of_each_kind_of_stage_is_timed_once(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
     schedules = {
         **FULL_AND_GROWN,
@@ -191,7 +206,8 @@ def test_a_step_of_each_kind_of_stage_is_timed_once(tmp_path: Path, tiny_section
 
     path = write_study(tmp_path, tiny_sections, schedules=schedules)
     study = open_study(path, tmp_path / "out", SHARDS, 1, measure)
-    (plan,) = timed
+    assert timed == [timed[0]] * TIMING_ROUNDS
+    plan = timed[0]
     dropout_off = "4 layers, frozen: embeddings, layer.0, layer.1, their dropout off"
     assert [kind_of(stage) for stage in plan.stages] == [*STEP_S, dropout_off]
     assert plan.stages == tuple(for_timing(stage) for stage in plan.stages)
@@ -199,7 +215,7 @@ def test_a_step_of_each_kind_of_stage_is_timed_once(tmp_path: Path, tiny_section
     assert study.step_s == {**STEP_S, dropout_off: 8.0}
     kept = json.loads((tmp_path / "out" / "step-times.json").read_text())
     assert kept["stages"].keys() == study.step_s.keys()
-    assert kept["stages"]["2 layers, frozen: none"]["forward"] == [18.0, 2.0, 1.0], "every block is kept"
+    assert kept["stages"]["2 layers, frozen: none"]["forward"] == [18.0, 2.0, 1.0] * TIMING_ROUNDS, "every block"
     assert kept["provenance"]
     for name in schedules:
         arm = study.arm(name, "time", 0.01, 0)
@@ -529,7 +545,7 @@ def test_the_command_runs_and_reports_a_study(
     printed = CliRunner().invoke(app, [*command, "--json", "--picture", str(picture)], catch_exceptions=False)
     full, grown = json.loads(printed.stdout)
     # Timed with the cores that each of 3 workers of 2 runs has.
-    assert asked == [(["--shards", "here"], 3, 2), (list(STEP_S), Path("here"), 3, "2")]
+    assert asked == [(["--shards", "here"], 3, 2), *[(list(STEP_S), Path("here"), 3, "2")] * TIMING_ROUNDS]
     assert (full["name"], full["steps_at_equal_time"], full["tuned"]) == ("full", 60, False)
     assert full["share_to_baseline"] == {"mean": 1.0, "deviation": None, "values": [1.0]}
     assert (grown["name"], grown["steps_at_equal_time"]) == ("mslt k=2", 90)
@@ -542,7 +558,7 @@ def test_the_command_runs_and_reports_a_study(
     said = CliRunner().invoke(app, command, catch_exceptions=False).stdout
     assert "At equal time mslt k=2 is best with 4.797, " in said
     assert "The learning rate was not tuned." in said
-    assert len(asked) == 3, "not timed again"
+    assert len(asked) == 2 + TIMING_ROUNDS, "not timed again"
     assert sum(calls(tmp_path).values()) == 3, "and nothing run again"
 
 
@@ -600,7 +616,7 @@ def finding(
     minus = [Spread(tuple(a - b for a, b in zip(each, BASELINE_LOSSES, strict=True))) for each in (at_time, at_steps)]
     usual: dict[str, Any] = {
         "learning_rate": 0.02, "decay_share": 1.0, "tuned": True, "steps_at_equal_time": round(60 / share),
-        "clock_share": 1.0, "at_most": False,
+        "steps_range": (60, 60), "clock_share": 1.0, "at_most": False,
     }  # fmt: skip
     return Finding(
         name=name, share_of_time=share, share_to_baseline=reached, at_equal_time=Spread(at_time),
