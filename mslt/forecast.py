@@ -9,7 +9,7 @@ from mslt.errors import MsltError
 from mslt.growth import DOUBLING_SHARES, RETRAIN_SHARE, Growth, find_schedule, stages_of
 from mslt.schedule import make_plan
 
-MIN_BLOCK_LAYERS = 3  # the fewest layers a stage adds in Yang et al. 2020 (BERT-Base, k=4)
+MIN_BLOCK_LAYERS = 3  # the fewest layers a stage adds in Yang et al. 2020, who grow BERT-Base and Large in four alike
 PAYS_FROM = 1.2  # times the speed of full training at equal steps: a guess, until losses have been compared
 OWN = "this recipe"
 MSLT = "mslt, k="
@@ -86,8 +86,9 @@ def proposal(found: list[Forecast], depth: int) -> Forecast | None:
 
 
 def block_layers(depth: int) -> int:
-    """The fewest layers that a stage of a proposal adds: MIN_BLOCK_LAYERS, or half of a shallower model."""
-    return min(MIN_BLOCK_LAYERS, depth // 2)
+    """The fewest layers that a stage of a proposal adds: a quarter of the model, MIN_BLOCK_LAYERS at least, or half
+    of a shallower model."""
+    return max(min(MIN_BLOCK_LAYERS, depth // 2), depth // 4)
 
 
 def advice(recipe: Recipe, found: list[Forecast], costs: StepCosts, hours: float | None) -> str:
