@@ -45,6 +45,8 @@ GPUS = {
     "h200": Gpu(66.9, 989.4, 4800),
 }
 
+WITHOUT_BF16 = ("v100", "t4")  # before compute capability 8.0
+
 
 def tabled(device_name: str) -> Gpu | None:
     """The entry for a name as torch.cuda.get_device_name gives it; None for what is not tabled, variants included."""

@@ -12,7 +12,7 @@ from mslt.cost import StageCost, StepCosts, fit, medians, probes, stage_cost, st
 from mslt.engine.ds_config import read_engine_config, reduced_bytes, zero_stage
 from mslt.errors import MsltError
 from mslt.forecast import OWN, Forecast, advice, duration, forecasts, proposal
-from mslt.hardware import GPUS, Cluster, cluster_costs
+from mslt.hardware import GPUS, WITHOUT_BF16, Cluster, cluster_costs
 from mslt.plan import Plan, autocast_dtype, sources_in_words, trainable_in_words
 from mslt.schedule import lr_at, make_plan
 
@@ -66,6 +66,8 @@ def plan(
     _print(recipe, made, costs)
     if step_costs is not None:
         _print_forecast(made, step_costs, found, hours)
+        if cluster is not None and cluster.gpu in WITHOUT_BF16 and autocast_dtype(made.engine) == "bfloat16":
+            print(f"{cluster.gpu} has no bf16: these are hours of fp16; train there with an engine of fp16 or fp32.")
         print(advice(loaded, found, step_costs, hours))
 
 

@@ -95,6 +95,13 @@ def test_without_hours_the_recipes_steps_are_proposed(fp32: str) -> None:
     assert "200,000 + 200,000 + 200,000 + 200,000 + 200,000 steps and 39.6 h" in said
 
 
+def test_a_card_without_bf16_is_told_of(fp32: str) -> None:
+    bf16 = planned("bert-base", *V100S).stdout
+    assert "v100 has no bf16: these are hours of fp16; train there with an engine of fp16 or fp32." in bf16
+    assert "has no bf16" not in planned(fp32, *V100S).stdout
+    assert "has no bf16" not in planned("bert-base", "--gpus", "32", "--gpu", "a100", "--link-gbps", "100").stdout
+
+
 def test_json_has_the_forecast(fp32: str) -> None:
     found = as_json(fp32, *V100S, "--hours", "40")
     recipe = load_recipe(fp32)
