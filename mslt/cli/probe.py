@@ -110,7 +110,7 @@ def _finish_checkpoint(
     checkpoint: "Checkpoint", title: str, folder: Path, results: list[dict[str, Any]], as_json: bool
 ) -> None:
     """Print the table, and draw it."""
-    from mslt.report.probing import accuracy_map, best_layer, columns
+    from mslt.report.probing import accuracy_map, best_layer, columns, probed_alike
 
     if not as_json:
         depth = max(len(result["accuracy"]) for result in results)
@@ -131,8 +131,8 @@ def _finish_checkpoint(
         cut = sum(result["num_cut"] for result in results)
         if cut:
             typer.echo(f"{cut:,} sentences were cut to {results[0]['settings']['max_tokens']} tokens")
-    by_task = {result["task"]: result for result in results}
-    _draw(accuracy_map(f"{checkpoint.name}: {title}, %", by_task), folder, as_json)
+    there = probed_alike(folder, results[0])
+    _draw(accuracy_map(f"{checkpoint.name}: {title}, %", there), folder, as_json)
 
 
 @app.command(

@@ -137,7 +137,10 @@ def plan_checkpoint(checkpoint: Checkpoint, data: dict[str, ProbeRows], settings
               **asdict(settings), "max_tokens": max_tokens}  # fmt: skip
     if settings.classifier == "logistic":
         common["repetitions"] = 1  # all others would be the same
-    described = {name: {**common, "task": name, "rows": _digest(rows)} for name, rows in data.items()}
+    described = {
+        name: {**common, "task": name, "rows": _digest(rows), "search": _search(settings.classifier, name)}
+        for name, rows in data.items()
+    }
     results = {name: finished(folder / f"{name}.json", described[name]) for name in data}
     return Planned(checkpoint, tokenizer, folder, settings.protocol, described, results)
 
@@ -277,6 +280,14 @@ def _one_run(
     accuracy, control = found.test.tolist()
     return {"seed": seed, "accuracy": accuracy, "control": control, "dev": found.dev[0].tolist(),
             "l2": found.l2[0].tolist(), "epochs": found.epochs[0].tolist()}  # fmt: skip
+
+
+def _search(classifier: Classifier, task: str) -> dict[str, Any]:
+    """The numbers a probe is trained by, as JSON has them."""
+    if classifier == "logistic":
+        return {"C": LOGISTIC_C}
+    training = asdict(ProbeTraining(num_hidden=TASKS[task].num_hidden))
+    return {**training, "l2": list(training["l2"])}
 
 
 def shuffled(rows: ProbeRows, seed: int) -> np.ndarray:

@@ -33,6 +33,18 @@ def read_results(folder: Path, command: str, checkpoint: str) -> Results:
     return found
 
 
+def probed_alike(folder: Path, result: dict[str, Any]) -> Results:
+    """The tasks there that were probed as this result was."""
+    own_to_a_task = ("task", "rows", "search")
+    alike = {name: value for name, value in result["settings"].items() if name not in own_to_a_task}
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        other = json.loads(path.read_text())
+        if {name: value for name, value in other["settings"].items() if name not in own_to_a_task} == alike:
+            found[str(other["task"])] = other
+    return found
+
+
 def accuracy_map(title: str, results: Results) -> HeatMap:
     """Tasks × hidden states."""
     depth = max(len(result["accuracy"]) for result in results.values())

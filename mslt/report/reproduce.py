@@ -202,6 +202,7 @@ def _pooled(size: str) -> tuple[str, ...]:
 
 
 _SURGERY = f"--preset convexity {_tasks(paper.SURGERY_TASKS)}"
+_TUNED = "tuned/models/*/*_seed=[0-9]/"  # a model of each task: that of the median seed
 _SENTEVAL = "git clone https://github.com/facebookresearch/SentEval"
 _FORETOLD = Ours(
     "foretold from data sheets, if it was fp32 over 100 Gb/s, which the paper does not say: 81.5 h in full, 39.6 in "
@@ -335,12 +336,12 @@ def reproductions() -> list[Reproduction]:
         Reproduction(
             "conv-f1", "Figure 1: what fine-tuning changes, probe by probe",
             (_SENTEVAL, "mslt evaluate glue bert-base-uncased --preset convexity --save-models --out tuned",
-             "mslt probe senteval bert-base-uncased tuned/models/*/* --data-dir SentEval/data/probing",
-             "mslt probe compare bert-base-uncased tuned/models/*/* --picture tuned.png"),
+             f"mslt probe senteval bert-base-uncased {_TUNED} --raw --data-dir SentEval/data/probing",
+             f"mslt probe compare bert-base-uncased {_TUNED} --raw --picture tuned.png"),
         ),
         Reproduction(
             "conv-f2", "Figure 2: probes layer by layer",
-            (_SENTEVAL, "mslt probe senteval bert-base-uncased --data-dir SentEval/data/probing"),
+            (_SENTEVAL, "mslt probe senteval bert-base-uncased --raw --data-dir SentEval/data/probing"),
         ),
         Reproduction(
             "conv-f4", "Figure 4: can a word be read back from a layer",

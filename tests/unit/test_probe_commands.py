@@ -167,6 +167,13 @@ def test_results_of_another_checkpoint_are_not_shown(data: Path, tmp_path: Path)
         command(*compared)
 
 
+def test_a_task_that_is_probed_later_joins_the_picture(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    for task in ("Tense", "BigramShift"):
+        command("senteval", encoders[0], "--data-dir", data, *FAST, "--task", task, "--out", tmp_path)
+    with open(tmp_path / "e-one/senteval-cls-logistic/heatmap.csv") as file:
+        assert {row["row"] for row in csv.DictReader(file)} == {"BigramShift", "Tense"}
+
+
 def test_what_was_probed_otherwise_is_not_held_against(
     encoders: list[Path], data: Path, probed: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What `mslt reproduce` lists: the papers' tables, commands that exist, records that are there."""
 
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,28 @@ def test_hours_are_those_of_the_commands() -> None:
     assert hours_of("mslt pool train b --task RTE --backbone-epochs 0.5,2 --out c") == pytest.approx(2.5 * once)
     assert hours_of("mslt pool search b --task RTE --trials 100 --out s") == pytest.approx(once / 3)
     senteval = hours_of("mslt probe senteval b --data-dir probing")
-    assert hours_of("mslt probe senteval b tuned/models/*/* --data-dir probing") == pytest.approx(10 * senteval)
+    tuned = "mslt probe senteval b tuned/models/*/*_seed=[0-9]/ --raw --data-dir probing"
+    assert hours_of(tuned) == pytest.approx(10 * senteval)
     assert hours_of("mslt probe compare b c --picture tuned.png") == 0
     assert all(one.gpu_hours > 0 for one in reproductions())
+
+
+def test_the_tuned_models_of_figure_1_are_found_by_their_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside them lie what made them and their probes."""
+    models = tmp_path / "tuned" / "models"
+    name = "rate=2e-05_batch=16_seed=1"
+    for task in ("MRPC", "RTE"):
+        for folder in (name, f"{name}-evaluation"):
+            (models / task / folder).mkdir(parents=True)
+        for ending in (".json", ".lock"):
+            (models / task / f"{name}{ending}").touch()
+    (figure,) = (one for one in reproductions() if one.name == "conv-f1")
+    monkeypatch.chdir(tmp_path)
+    for command in figure.commands[-2:]:
+        (pattern,) = (word for word in command.split() if "*" in word)
+        assert sorted(glob(pattern)) == [f"tuned/models/{task}/{name}/" for task in ("MRPC", "RTE")]
 
 
 def test_every_size_and_task_of_a_table_is_trained() -> None:
