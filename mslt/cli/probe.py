@@ -126,8 +126,8 @@ def _finish_checkpoint(
             rows.append(["  selectivity", "", *(f"{100 * share:.1f}" for share in result["selectivity"])])
         header = ["task", "commonest", *columns(depth)]
         print_table(header, rows, width=46 + 8 * depth, title=f"{checkpoint.name}: {title}, %, by hidden state")
-        typer.echo("* the best, and half of its 95 % interval; commonest: always the commonest label; control: the "
-                   "same probe on shuffled labels; selectivity: accuracy minus the control's")  # fmt: skip
+        typer.echo("* the best by the dev rows, half of its 95 % interval; commonest: always the commonest label; "
+                   "control: the same on shuffled labels; selectivity: accuracy minus the control's")  # fmt: skip
         cut = sum(result["num_cut"] for result in results)
         if cut:
             typer.echo(f"{cut:,} sentences were cut to {results[0]['settings']['max_tokens']} tokens")

@@ -58,6 +58,13 @@ class ProbeRows:
         commonest = np.bincount(self.labels[self.splits["tr"]]).argmax()
         return float((self.labels[self.splits["te"]] == commonest).mean())
 
+    @property
+    def majority_of_test(self) -> float:
+        """The share of the commonest label of the test rows: where labels are spread otherwise there than among the
+        training rows, a probe of nothing may come to as much, and what answers as those are spread to less than
+        `majority`."""
+        return float(np.bincount(self.labels[self.splits["te"]]).max() / len(self.splits["te"]))
+
 
 def present_tasks(folder: Path) -> list[str]:
     """The tasks whose file lies there. MsltError where none does."""

@@ -200,9 +200,9 @@ def _probe_task(
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
     num_test = len(rows.splits["te"])
-    accuracy, control = (
+    accuracy, control, dev = (
         [statistics.fmean(of_layer) for of_layer in zip(*(run[kind] for run in runs), strict=True)]
-        for kind in ("accuracy", "control")
+        for kind in ("accuracy", "control", "dev")
     )
     intervals = [wilson(share, num_test) for share in accuracy]
     return {
@@ -210,6 +210,8 @@ def _probe_task(
         "rows": {split: len(indices) for split, indices in rows.splits.items()},
         "classes": len(rows.classes),
         "majority": rows.majority,
+        "majority_of_test": rows.majority_of_test,
+        "dev": dev,
         "accuracy": accuracy,
         "low": [low for low, _ in intervals],
         "high": [high for _, high in intervals],
@@ -271,8 +273,8 @@ def _one_run(
     """Real and shuffled labels, of every hidden state."""
     labels_KR = np.stack([rows.labels, shuffled(rows, seed)])
     if classifier == "logistic":
-        accuracy, control = logistic_accuracies(features, labels_KR, rows.splits, progress)
-        return {"seed": seed, "accuracy": accuracy, "control": control}
+        (accuracy, control), dev = logistic_accuracies(features, labels_KR, rows.splits, progress)
+        return {"seed": seed, "accuracy": accuracy, "control": control, "dev": dev}
     training = ProbeTraining(num_hidden=TASKS[name].num_hidden)
     found = train_probes(
         features, torch.from_numpy(labels_KR), rows.splits, len(rows.classes), training, seed, progress, device
@@ -306,17 +308,20 @@ def logistic_accuracies(
     labels_KR: np.ndarray,
     splits: dict[str, np.ndarray],
     progress: Callable[[int, int], None],
-) -> list[list[float]]:
-    """[K][L] on the test rows."""
+) -> tuple[list[list[float]], list[float]]:
+    """[K][L] on the test rows; [L] of the first labels on the dev rows."""
     L = len(features.shift_LD)
     found: list[list[float]] = [[] for _ in labels_KR]
+    dev: list[float] = []
     for k in range(L):
         x_RD = torch.addcmul(features.shift_LD[k], features.rows_RLD[:, k].float(), features.scale_LD[k]).numpy()
         for labels_R, accuracies in zip(labels_KR, found, strict=True):
             fit = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(x_RD[splits["tr"]], labels_R[splits["tr"]])
             accuracies.append(float(fit.score(x_RD[splits["te"]], labels_R[splits["te"]])))
+            if accuracies is found[0]:
+                dev.append(float(fit.score(x_RD[splits["va"]], labels_R[splits["va"]])))
         progress(k + 1, L)
-    return found
+    return found, dev
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

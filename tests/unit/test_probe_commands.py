@@ -57,7 +57,8 @@ def test_a_search_knows_what_the_words_say(encoders: list[Path], data: Path, tmp
     assert len(found["accuracy"]) == len(found["control"]) == 4
     assert min(found["accuracy"]) >= 0.95
     assert max(found["control"]) <= 0.8
-    assert found["majority"] == 0.5
+    assert found["majority"] == found["majority_of_test"] == 0.5
+    assert found["dev"] == [pytest.approx(sum(run["dev"][k] for run in found["runs"]) / 2) for k in range(4)]
     assert found["protocol"] == "mlp on standardized features, mean"
     for k in range(4):
         runs = [run["accuracy"][k] for run in found["runs"]]

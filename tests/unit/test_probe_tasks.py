@@ -12,7 +12,7 @@ from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate.passages import read_passages
 from mslt.evaluate.probe_make import BINS, make_rows, words_of
-from mslt.evaluate.probe_tasks import SPLITS, TASKS, present_tasks, read_rows
+from mslt.evaluate.probe_tasks import SPLITS, TASKS, ProbeRows, present_tasks, read_rows
 
 GOOD = ["tr\ta\tone", "tr\tb\ttwo words", "va\ta\tthree", "va\tb\tfour", "te\tb\tfive", "te\ta\tsix"]
 SENTENCES = [
@@ -42,6 +42,12 @@ def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
         "tr": [0, 1], "va": [2, 3], "te": [4, 5],
     }  # fmt: skip
     assert rows.majority == 0.5
+
+
+def test_the_commonest_label_of_training_may_be_rare_in_the_test() -> None:
+    splits = {"tr": np.array([0, 1, 2]), "va": np.array([3]), "te": np.array([4, 5, 6, 7])}
+    rows = ProbeRows(["x"] * 8, np.array([0, 0, 1, 0, 1, 1, 1, 0]), ("a", "b"), splits)
+    assert (rows.majority, rows.majority_of_test) == (0.25, 0.75)
 
 
 def test_carriage_returns_and_quotes_are_no_matter(tmp_path: Path) -> None:
