@@ -358,11 +358,11 @@ def tables(
         return
     for table in found:
         rows = [
-            [f"{name} ({whose})", *(f"{scores[c]:.2f}" if c in scores else "–" for c in table.columns)]
+            [f"{name} ({whose})", *(str(scores[c]) if c in scores else "–" for c in table.columns)]
             for whose, name, scores in table.rows
         ]
         print_table(["", *table.columns], rows, title=f"{table.title}, validation, %")
-    typer.echo(f"{VERDICT} Layers count from 0. Ours: means over seeds of the best setting.")
+    typer.echo(f"{VERDICT} Layers count from 0. Ours: mean ± standard deviation over the seeds of the best setting.")
 
 
 def _draw(heat_map: "HeatMap", folder: Path, as_json: bool) -> None:

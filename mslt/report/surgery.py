@@ -19,20 +19,32 @@ VERDICT = "In the paper no method beats plain fine-tuning on the average of the 
 
 
 @dataclass(frozen=True)
+class Mean:
+    """Percent, over the `num_seeds` of the best setting; the deviation of one is not known."""
+
+    value: float
+    deviation: float | None = None
+    num_seeds: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+
+
+@dataclass(frozen=True)
 class SurgeryTable:
-    """`rows`: who says so, the method, and percent by column; ours first. `columns` ends with the average, which only
-    rows with every task have."""
+    """`rows`: who says so, the method, and means by column; ours first. `columns` ends with the average, which only
+    rows with every task have; its deviation is not told."""
 
     title: str
     columns: list[str]
-    rows: list[tuple[str, str, dict[str, float]]]
+    rows: list[tuple[str, str, dict[str, Mean]]]
 
 
-def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Percent by method and task: means over seeds of the best setting's runs. MsltError for a folder without results,
+def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, Mean]]:
+    """By method and task. MsltError for a folder without results,
     of other headlines than the paper's, or of another method; and where methods were not fine-tuned alike, or those
     without surgery not from one checkpoint."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Mean]] = {}
     of_one: dict[str, Any] = {}  # method → the digest of its checkpoint
     done: dict[str, tuple[str, Any]] = {}
     for method, folder in folders.items():
@@ -67,11 +79,12 @@ def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
             if how != as_first:
                 raise MsltError(f"{method}={folder}: {task} was fine-tuned otherwise than {first}'s; give `mslt "
                                 "evaluate glue` the same options for all")  # fmt: skip
-            found[method][task] = 100 * entry["mean"]
+            deviation = None if entry["deviation"] is None else 100 * entry["deviation"]
+            found[method][task] = Mean(100 * entry["mean"], deviation, len(entry["headlines"]))
     return found
 
 
-def surgery_tables(ours: dict[str, dict[str, float]]) -> list[SurgeryTable]:
+def surgery_tables(ours: dict[str, dict[str, Mean]]) -> list[SurgeryTable]:
     """Of each the paper's rows, and before them ours of the same methods. Plain fine-tuning stands in both, ours only
     beside another of its table, or in the first where it is alone: the second's is another model."""
     tables = []
@@ -79,7 +92,7 @@ def surgery_tables(ours: dict[str, dict[str, float]]) -> list[SurgeryTable]:
         beside = {row.method for row in reported} & (ours.keys() - {"plain"})
         mine = reported if beside or (index == 0 and ours.keys() == {"plain"}) else ()
         rows = [("ours", row.name, ours[row.method]) for row in mine if ours.get(row.method)]
-        rows += [("paper", row.name, row.scores) for row in reported]
+        rows += [("paper", row.name, {task: Mean(score) for task, score in row.scores.items()}) for row in reported]
         tables.append(
             SurgeryTable(
                 title,
@@ -97,6 +110,6 @@ def _objective(settings: dict[str, Any]) -> str | None:
     return OBJECTIVES["extra-layer" if given["extra_layer"] else "multi-objective"]
 
 
-def _average(scores: dict[str, float]) -> dict[str, float]:
+def _average(scores: dict[str, Mean]) -> dict[str, Mean]:
     whole = all(task in scores for task in paper.SURGERY_TASKS)
-    return {"average": statistics.fmean(scores[task] for task in paper.SURGERY_TASKS)} if whole else {}
+    return {"average": Mean(statistics.fmean(scores[task].value for task in paper.SURGERY_TASKS))} if whole else {}

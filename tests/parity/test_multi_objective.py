@@ -19,7 +19,7 @@ from mslt.evaluate.opening import open_with_new_head
 from mslt.files import write_json
 from mslt.models import families
 from mslt.report import paper
-from mslt.report.surgery import read_methods, surgery_tables
+from mslt.report.surgery import Mean, read_methods, surgery_tables
 from tests.encoders import write_encoder
 from tests.glue_files import write_glue
 
@@ -158,7 +158,8 @@ def test_glue_is_fine_tuned_so_and_stands_in_the_tables(
     first, second = found["tables"]
     assert [row[0] for row in first["rows"]] == ["ours", "ours", "paper", "paper", "paper", "paper"]
     assert set(first["rows"][0][2]) == {"CoLA", "RTE"}, "no average of a part"
-    assert first["rows"][2][2]["average"] == pytest.approx(75.85, abs=0.01)
+    assert [each["num_seeds"] for each in first["rows"][0][2].values()] == [1, 1]
+    assert first["rows"][2][2]["average"]["value"] == pytest.approx(75.85, abs=0.01)
     assert [row[0] for row in second["rows"]] == ["paper", "paper"], "another model's, where drop is not given"
     for exchanged, said in (
         ({"extra-layer": "plain"}, "extra-layer=.* was fine-tuned on labels alone, not on masked"),
@@ -193,7 +194,8 @@ def test_what_cannot_be_is_refused(encoder: Path, tmp_path: Path) -> None:
 
 
 def entry(rates: list[float], headline: str = "accuracy") -> dict[str, Any]:
-    return {"best": "x", "headline": headline, "mean": 0.5, "protocol": {"learning_rates": rates}}
+    return {"best": "x", "headline": headline, "mean": 0.5, "deviation": 0.01, "headlines": [0.49, 0.5, 0.51],
+            "protocol": {"learning_rates": rates}}  # fmt: skip
 
 
 def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None:
@@ -205,7 +207,10 @@ def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None
         settings = {"max_train_rows": max_train_rows, "checkpoint": name}
         results = {"tasks": {"MRPC": task}, "settings": settings}
         write_json(tmp_path / name / "results.json", results)
-    assert read_methods({"plain": tmp_path / "plain", "copy": tmp_path / "same"})["copy"] == {"MRPC": 50.0}
+    assert read_methods({"plain": tmp_path / "plain", "copy": tmp_path / "same"})["copy"] == {
+        "MRPC": Mean(50.0, 1.0, 3)
+    }
+    assert str(Mean(50.0, 1.0, 3)) == "50.00 ± 1.00"
     for other in ("rates", "rows"):
         with pytest.raises(MsltError, match="MRPC was fine-tuned otherwise than plain's"):
             read_methods({"plain": tmp_path / "plain", "copy": tmp_path / other})
@@ -223,7 +228,7 @@ def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None
 
 def test_plain_fine_tuning_stands_beside_its_own_model() -> None:
     def ours(*methods: str) -> list[list[str]]:
-        tables = surgery_tables({method: {"RTE": 50.0} for method in methods})
+        tables = surgery_tables({method: {"RTE": Mean(50.0)} for method in methods})
         return [[name for whose, name, _ in table.rows if whose == "ours"] for table in tables]
 
     assert ours("plain") == [["fine-tuned"], []]
