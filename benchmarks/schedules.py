@@ -64,7 +64,10 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     header, *rows = findings_table(found)
     tuning = {name: tuning_arms(study, name) for name in config.schedules}
     rates = sorted({arm.learning_rate for arms in tuning.values() for arm in arms})
-    tried = [_tried(study, arms, rates) for arms in tuning.values()]
+    tried = [
+        [name, f"{share:g}", *(f"{losses[rate]:.3f}" if rate in losses else "–" for rate in rates)]
+        for name, arms in tuning.items() for share, losses in _tried(study, arms).items()
+    ]  # fmt: skip
     stages = []
     for name, arms in chosen.items():
         summaries, plan = _stages(arms[0])
@@ -85,11 +88,11 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
         "",
         *(f"- {line}" for line in verdict(found)),
         *(f"- {line}" for name, arms in chosen.items() for line in growth_lines(name, arms)),
-        f"- The runs are of the commits {', '.join(sorted(_commits(chosen)))}.",
+        f"- The runs are of the commits {', '.join(sorted(_commits([*chosen.values(), *tuning.values()])))}.",
         "",
         f"## Learning rates and decay shares, equal time, seed {config.seeds[0]}",
         "",
-        *table(["schedule", "decay share", *(f"{rate:g}" for rate in rates), "at the best rate"], tried),
+        *table(["schedule", "decay share", *(f"{rate:g}" for rate in rates)], tried),
         "",
         f"## Stages, equal time, seed {config.seeds[0]}",
         "",
@@ -97,13 +100,12 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     ]
 
 
-def _tried(study: Study, arms: list[Arm], rates: list[float]) -> list[str]:
-    losses = {arm.learning_rate: f"{heldout_loss(arm):.3f}" for arm in arms if arm.decay_share is None}
-    others = [
-        f"decay share {arm.decay_share:g}: {heldout_loss(arm):.3f}" for arm in arms if arm.decay_share is not None
-    ]
-    own = study.recipe(arms[0]).optimizer.decay_share
-    return [arms[0].name, f"{own:g}", *(losses.get(rate, "–") for rate in rates), ", ".join(others)]
+def _tried(study: Study, arms: list[Arm]) -> dict[float, dict[float, float]]:
+    """Held-out loss by decay share and rate."""
+    found: dict[float, dict[float, float]] = {}
+    for arm in arms:
+        found.setdefault(study.recipe(arm).optimizer.decay_share, {})[arm.learning_rate] = heldout_loss(arm)
+    return found
 
 
 def growth_lines(name: str, arms: list[Arm]) -> list[str]:
@@ -120,7 +122,8 @@ def growth_lines(name: str, arms: list[Arm]) -> list[str]:
     if not jumps:
         return []
     lowers = "every stage lowers the loss" if min(gains) > 0 else f"a stage raises the loss by {-min(gains):.3f}"
-    return [f"{name}: growing changes the loss by {min(jumps):+.3f} to {max(jumps):+.3f} nats; {lowers}."]
+    jumped = f"{min(jumps):+.3f} to {max(jumps):+.3f} nats"
+    return [f"{name}, equal time, all seeds: growing changes the loss by {jumped}; {lowers}."]
 
 
 def _stages(arm: Arm) -> tuple[list[dict[str, Any]], Plan]:
@@ -128,8 +131,8 @@ def _stages(arm: Arm) -> tuple[list[dict[str, Any]], Plan]:
     return read_summaries(run), read_plan(run)
 
 
-def _commits(chosen: dict[str, list[Arm]]) -> set[str]:
-    runs = [arm.run for arms in chosen.values() for arm in arms]
+def _commits(every: list[list[Arm]]) -> set[str]:
+    runs = {arm.run for arms in every for arm in arms}
     return {json.loads((run / "provenance.json").read_text())["commit"] for run in runs}
 
 

@@ -5,7 +5,7 @@ and equal time. It plans runs and starts them; every run is an ordinary one and 
    figures, what the baseline's take. (So it does not matter what else the machine does while the runs train.)
 2. Every schedule trains for equal time at every learning rate with the first seed; the best held-out loss wins. Where
    that is the lowest or highest rate, the next by the same factor is tried, too, until the best lies between others.
-   At the best rate every other of the study's decay shares is tried, and may win.
+   All of that again with each other of the study's decay shares.
 3. With what won: the other seeds for equal time, and all seeds for equal steps.
 """
 
@@ -50,7 +50,7 @@ _CHANGE_A_STEPS_TIME = {"name", "implementation", "normalize_gradient", "trust_r
 class StudyConfig(Frozen):
     """`recipe` gives all but the schedule, the learning rate and the seed. `schedules` are sections of a recipe without
     steps, by name; the first is the baseline, and has `steps`. `optimizers` may add to a schedule's optimizer section.
-    `decay_shares` are tried for every schedule beside the one that its optimizer section has.
+    `decay_shares` are tried for every schedule, at every rate, beside the one that its optimizer section has.
     """
 
     recipe: str
@@ -105,7 +105,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder: OUT/step-times.json, OUT/runs/NAME/EQUAL-RATE-SEED, and the recipe of each beside it.
+    """A study in its folder: OUT/step-times.json, OUT/runs/NAME/EQUAL-RATE[-decay-SHARE]-SEED, and the recipe of each
+    beside it.
 
     `times` are the timed blocks of each kind of stage, by `kind_of` it, `step_s` is what a step of it takes.
     """
@@ -133,8 +134,8 @@ class Study:
         return Arm(name, equal, learning_rate, decay_share, seed, steps, share, run)
 
     def equal_time_range(self, name: str) -> tuple[int, int]:
-        """95 % of the steps that equal time would be with the timed blocks drawn anew: those of all kinds of stages
-        together, for they took turns."""
+        """The middle 95 % of the steps that equal time would be with the timed blocks drawn anew: those of all kinds of
+        stages together, for they took turns. It is too narrow by what differs between launches."""
         full, own = (self._steps_of_kinds(each) for each in (next(iter(self.config.schedules)), name))
         num_blocks = len(next(iter(next(iter(self.times.values())).values())))
         draws, found = np.random.default_rng(0), []
@@ -153,7 +154,7 @@ class Study:
         return variant(self.config, self.base, arm.name, arm.steps, arm.learning_rate, arm.decay_share, arm.seed)
 
     def other_decay_shares(self, name: str) -> list[float]:
-        own = self.config.optimizers.get(name, {}).get("decay_share", self.base.optimizer.decay_share)
+        own = variant(self.config, self.base, name, self.config.steps).optimizer.decay_share
         return [share for share in self.config.decay_shares if share != own]
 
     def step_seconds(self, stage: Stage) -> float:
@@ -219,7 +220,7 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     """Read the study, check every schedule, and time a step of each kind of stage where the folder has no times yet.
 
     MsltError, before anything is written, for a study that cannot be run, or a folder with another one, or with runs
-    on other shards or another number of workers. More seeds, learning rates and decay shares are the same study.
+    on other shards or another number of workers. Other seeds, learning rates and decay shares are the same study.
     """
     config, base = read_study(path)
     plans = _plans(config, base)
@@ -282,7 +283,8 @@ _ADD_RUNS = {"seeds", "learning_rates", "decay_shares"}  # and change none
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
     def fixed(described: dict[str, Any]) -> dict[str, Any]:
-        return {**described, "study": {k: v for k, v in described.get("study", {}).items() if k not in _ADD_RUNS}}
+        study = {key: value for key, value in described.get("study", {}).items() if key not in _ADD_RUNS}
+        return {**described, "study": study, "baseline": next(iter(study.get("schedules", {})), None)}
 
     before, after = fixed(before), fixed(after)
     return ", ".join(key for key in after if before.get(key) != after[key])
@@ -315,35 +317,41 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
 
 
 def tuning_arms(study: Study, name: str) -> list[Arm]:
-    """What a schedule's learning rate is chosen from, by rising rates. Once all of the study's are done and the best is
-    the lowest or highest, one more beyond it, as far from it as the next, and so on. Behind them, once the best is
-    known, the same with the other decay shares."""
+    """What a schedule's learning rate and decay share are chosen from: for each share, its own first, by rising
+    rates."""
+    return [arm for share in (None, *study.other_decay_shares(name)) for arm in _bracket(study, name, share)]
 
-    def arm(rate: float, decay_share: float | None = None) -> Arm:
+
+def _bracket(study: Study, name: str, decay_share: float | None) -> list[Arm]:
+    """The study's learning rates. Once all are done and the best is the lowest or highest, one more beyond it, as far
+    from it as the next, and so on."""
+
+    def arm(rate: float) -> Arm:
         return study.arm(name, "time", rate, study.config.seeds[0], decay_share)
 
     arms = [arm(rate) for rate in sorted(study.config.learning_rates)]
     while len(arms) > 1 and all(map(_is_done, arms)):
         losses = [heldout_loss(each) for each in arms]
         best = losses.index(min(losses))
-        if min(losses) == math.inf:
-            return arms
-        if 0 < best < len(arms) - 1:
+        if min(losses) == math.inf or 0 < best < len(arms) - 1:
             break
         rate, inner = arms[best].learning_rate, arms[1 if best == 0 else best - 1].learning_rate
         arms.insert(0 if best == 0 else len(arms), arm(float(f"{rate * rate / inner:.3g}")))
-    if not all(map(_is_done, arms)):
-        return arms
-    rate = min(arms, key=heldout_loss).learning_rate
-    return arms + [arm(rate, share) for share in study.other_decay_shares(name)]
+    return arms
 
 
 def heldout_loss(arm: Arm) -> float:
-    """Held-out MLM loss at the end of a run, in nats; infinite where it diverged. MsltError for what is not done."""
+    """Held-out MLM loss at the end of a run, in nats; infinite where it diverged. MsltError for what is not done, and
+    for a run of other steps."""
     run = RunDir(arm.run)
     if not _is_done(arm):
         raise MsltError(f"{arm.run}: is not done")
-    if run.first_unfinished(plan := read_plan(run)) is not None:
+    plan = read_plan(run)
+    if plan.steps != arm.steps:
+        raise MsltError(
+            f"{arm.run}: is of {plan.steps:,} steps, and the study's is of {arm.steps:,}; take another --out"
+        )
+    if run.first_unfinished(plan) is not None:
         return math.inf
     summary = json.loads(run.stage(len(plan.stages) - 1).summary.read_text())
     return float(summary["evaluation_after"]["mlm_loss"])

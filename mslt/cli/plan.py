@@ -65,7 +65,7 @@ def plan(
         return
     _print(recipe, made, costs)
     if step_costs is not None:
-        _print_forecast(made, step_costs, found, hours)
+        _print_forecast(made, step_costs, found, hours, measured is not None)
         if cluster is not None and cluster.gpu in WITHOUT_BF16 and autocast_dtype(made.engine) == "bfloat16":
             print(f"{cluster.gpu} has no bf16: these are hours of fp16; train there with an engine of fp16 or fp32.")
         print(advice(loaded, found, step_costs, hours))
@@ -116,7 +116,9 @@ def _described(one: Forecast, hours: float | None) -> dict[str, Any]:
     return found if hours is None else {**found, "steps_in_time": one.steps_in(hours * 3600)}
 
 
-def _print_forecast(made: Plan, costs: StepCosts, found: list[Forecast], hours: float | None) -> None:
+def _print_forecast(
+    made: Plan, costs: StepCosts, found: list[Forecast], hours: float | None, was_measured: bool
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -130,7 +132,7 @@ def _print_forecast(made: Plan, costs: StepCosts, found: list[Forecast], hours: 
         cells = [f"{1000 * value:,.1f}" for value in (*each.values(), sum(each.values()))]
         stages.add_row(str(number), *cells)
     console.print(stages)
-    if costs.layer_forward:
+    if was_measured and costs.layer_forward:
         console.print(f"A layer's backward pass takes {costs.layer_backward / costs.layer_forward:.2f} forward passes.")
     schedules = Table(title=f"{made.steps:,} steps by each schedule, and what fits into the time of the full one")
     schedules.add_column("schedule")

@@ -6,6 +6,7 @@ Columns are hidden states: 0 the embedding output, k+1 the output of layer k. Pe
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,18 @@ def read_results(folder: Path, command: str, checkpoint: str) -> Results:
 
 
 def probed_alike(folder: Path, result: dict[str, Any]) -> Results:
-    """The tasks there that were probed as this result was."""
-    own_to_a_task = ("task", "rows", "search")
-    alike = {name: value for name, value in result["settings"].items() if name not in own_to_a_task}
-    found = {}
+    """The tasks there that were probed as this result was; a file that is no such result is passed over."""
+
+    def how(settings: dict[str, Any]) -> dict[str, Any]:
+        search = {name: value for name, value in settings["search"].items() if name != "num_hidden"}  # a task's own
+        return {**settings, "task": None, "rows": None, "search": search}
+
+    alike, found = how(result["settings"]), {}
     for path in sorted(folder.glob("*.json")):
-        other = json.loads(path.read_text())
-        if {name: value for name, value in other["settings"].items() if name not in own_to_a_task} == alike:
-            found[str(other["task"])] = other
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            other = json.loads(path.read_text())
+            if how(other["settings"]) == alike:
+                found[str(other["task"])] = other
     return found
 
 
@@ -91,7 +96,7 @@ def refuse_otherwise_probed(task: str, one: dict[str, Any], other: dict[str, Any
     """MsltError where results of a task are of other data or another search."""
     ours, theirs = ({key: value for key, value in result["settings"].items() if key not in ("checkpoint", "tokenizer")}
                     for result in (one, other))  # fmt: skip
-    unlike = [key for key in ours if ours[key] != theirs.get(key)]
+    unlike = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if unlike:
         raise MsltError(f"{task}: {name} was probed otherwise than {other_name} ({', '.join(unlike)}); probe both with "
                         "the same options and data")  # fmt: skip

@@ -26,16 +26,17 @@ class Spread:
         known = len(self.values) > 1 and all(map(math.isfinite, self.values))  # a seed that diverged is infinite
         return statistics.stdev(self.values) if known else None
 
-    @property
-    def half_width(self) -> float | None:
-        """Of the mean's 95 % interval by Student's t."""
+    def half_width(self, comparisons: int = 1) -> float | None:
+        """Of the mean's 95 % interval by Student's t, for as many at once (Bonferroni)."""
+        if self.deviation is None:
+            return None
         n = len(self.values)
-        return None if self.deviation is None else float(stdtrit(n - 1, 0.975)) * self.deviation / math.sqrt(n)
+        return float(stdtrit(n - 1, 1 - 0.025 / comparisons)) * self.deviation / math.sqrt(n)
 
-    @property
-    def is_from_zero(self) -> bool:
+    def is_from_zero(self, comparisons: int = 1) -> bool:
         """Whether that interval leaves out 0; never of one value."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
+        half_width = self.half_width(comparisons)
+        return half_width is not None and abs(self.mean) > half_width
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
@@ -181,15 +182,19 @@ def verdict(found: list[Finding]) -> list[str]:
         if apart.deviation is None:
             sure = "; with one seed nothing is known of chance"
         else:
-            sure = "" if apart.is_from_zero else f"; the 95 % interval, ± {apart.half_width:.3f}, holds 0"
+            sure = "" if apart.is_from_zero() else f"; the 95 % interval, ± {apart.half_width():.3f}, holds 0"
         lines.append(
             f"At equal {what} {found[best].name} is best with {losses[best]}, {apart} nats before {found[second].name} "
             f"(seed by seed){sure}. {first.name} has {losses[0]}."
         )
     if first.at_equal_time.deviation is not None:
-        told = [one for one in found[1:] if one.at_equal_time_minus_baseline.is_from_zero]
+        others = found[1:]
+        told = [one for one in others if one.at_equal_time_minus_baseline.is_from_zero(len(others))]
         names = [f"{one.name} ({'better' if one.at_equal_time_minus_baseline.mean < 0 else 'worse'})" for one in told]
-        lines[0] += f" Told from it by a 95 % interval, each by itself: {', '.join(names) or 'none'}."
+        lines[0] += (
+            f" Told from {first.name} by 95 % intervals for {len(others)} at once: {', '.join(names) or 'none'}."
+        )
+        lines[0] += " Intervals are of seeds; how well equal time is measured is not in them."
     tuned = any(one.tuned for one in found)
     lines[-1] += " The learning rates were tuned at equal time." if tuned else " The learning rate was not tuned."
     reached = {one.name: one.share_to_baseline for one in found[1:] if one.share_to_baseline is not None}

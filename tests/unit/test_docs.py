@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,15 @@ def test_command_lines_parse(page: Path) -> None:
 def test_a_line_that_is_wrong_would_be_seen() -> None:
     with pytest.raises(Exception, match="no-such"):
         refuse_unknown_options("mslt report run --no-such-option")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_tables_header_has_as_many_cells_as_the_line_below_it(page: Path) -> None:
+    """Another number, and it is shown as text."""
+    lines = page.read_text().splitlines()
+    for header, line in pairwise(lines):
+        if re.fullmatch(r"\|( *:?-+:? *\|)+", line):
+            assert len(re.findall(r"(?<!\\)\|", header)) == line.count("|"), header
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,7 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,6 +17,8 @@ from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate import senteval
 from mslt.evaluate.senteval import checkpoints_of
+from mslt.heads.layer_probe import Features
+from mslt.report.probing import best_layer
 from tests.command_lines import run
 from tests.encoders import write_encoder
 from tests.probing_files import sentence, write_probing
@@ -168,9 +172,25 @@ def test_results_of_another_checkpoint_are_not_shown(data: Path, tmp_path: Path)
         command(*compared)
 
 
+def test_the_best_layer_is_chosen_by_the_dev_rows() -> None:
+    assert best_layer({"dev": [0.5, 0.7, 0.7], "accuracy": [0.9, 0.6, 0.8]}) == 1
+
+
+def test_the_fast_way_scores_dev_and_test_rows_apart() -> None:
+    """The feature is the label on training and dev rows, and its opposite on test rows."""
+    labels = np.array([0, 1] * 6)
+    x = labels * 2.0 - 1
+    x[8:] *= -1
+    features = Features(torch.tensor(x)[:, None, None].float(), torch.ones(1, 1), torch.zeros(1, 1))
+    splits = {"tr": np.arange(4), "va": np.arange(4, 8), "te": np.arange(8, 12)}
+    found = senteval.logistic_accuracies(features, labels[None], splits, lambda done, total: None)
+    assert found == ([[0.0]], [1.0])
+
+
 def test_a_task_that_is_probed_later_joins_the_picture(encoders: list[Path], data: Path, tmp_path: Path) -> None:
     for task in ("Tense", "BigramShift"):
         command("senteval", encoders[0], "--data-dir", data, *FAST, "--task", task, "--out", tmp_path)
+        (tmp_path / "e-one/senteval-cls-logistic/foreign.json").write_text("[")  # passed over
     with open(tmp_path / "e-one/senteval-cls-logistic/heatmap.csv") as file:
         assert {row["row"] for row in csv.DictReader(file)} == {"BigramShift", "Tense"}
 
