@@ -175,7 +175,7 @@ def one_alone(
     model = nn.Sequential(*parts)
     begin = initial_weights(width, num_classes, hidden, seed)
     for parameter, weight in zip(model.parameters(), begin, strict=True):
-        parameter.data.copy_(weight.T.reshape(parameter.shape))
+        parameter.data.copy_(weight)
     model.to(x_RD.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, weight_decay=l2)
 

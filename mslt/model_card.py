@@ -88,8 +88,8 @@ def _losses(manifest: Manifest, after: dict[str, float]) -> list[str]:
 
 def _training(plan: Plan, evaluations: Sequence[Evaluations]) -> list[str]:
     rows = [
-        f"| {number} | {stage.depth} | {sources_in_words(stage)} | {trainable_in_words(stage)} | {stage.steps:,} "
-        f"| {stage.steps * stage.batch_size * stage.sequence_length:,} | {before['mlm_loss']:.4f} "
+        f"| {number} | {stage.depth} | {sources_in_words(stage.sources)} | {trainable_in_words(stage)} "
+        f"| {stage.steps:,} | {stage.steps * stage.batch_size * stage.sequence_length:,} | {before['mlm_loss']:.4f} "
         f"| {after['mlm_loss']:.4f} |"
         for number, (stage, (before, after)) in enumerate(zip(plan.stages, evaluations, strict=False), 1)
     ]

@@ -201,12 +201,12 @@ def _runs(indices: tuple[int, ...]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def sources_in_words(stage: Stage) -> str:
+def sources_in_words(sources: Sources) -> str:
     """`0-2,0-2`, or `random`."""
-    copied = tuple(source for source in stage.sources if source != "random")
-    if len(copied) == stage.depth:
+    copied = tuple(source for source in sources if source != "random")
+    if len(copied) == len(sources):
         return _runs(copied)
-    return ",".join(map(str, stage.sources)) if copied else "random"
+    return ",".join(map(str, sources)) if copied else "random"
 
 
 def trainable_in_words(stage: Stage) -> str:

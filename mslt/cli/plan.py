@@ -160,7 +160,8 @@ def _print(recipe: str, made: Plan, costs: list[StageCost]) -> None:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for number, (stage, cost) in enumerate(zip(made.stages, costs, strict=True), 1):
         table.add_row(
-            str(number), str(stage.depth), sources_in_words(stage), trainable_in_words(stage), f"{stage.steps:,}",
+            str(number), str(stage.depth), sources_in_words(stage.sources), trainable_in_words(stage),
+            f"{stage.steps:,}",
             f"{lr_at(stage, 0):.3g} to {lr_at(stage, stage.steps - 1):.3g}",
             f"{cost.total_parameters:,}", f"{cost.trainable_parameters:,}",
             f"{cost.fp32_gradient_bytes / 1e6:.2f} MB", f"{cost.half_gradient_bytes / 1e6:.2f} MB",

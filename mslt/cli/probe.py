@@ -1,6 +1,7 @@
 """`mslt probe`: what each layer knows."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +22,8 @@ app = typer.Typer(
 )
 
 LAYERS = "hidden state: emb, then the output of layer 0, 1, …"
+FROZEN = "in brackets: frozen in this stage"
+UNSURE = "in brackets: its 95 % interval holds 0"
 Checkpoints = Annotated[
     list[str],
     typer.Argument(metavar="CKPT…", help="Folders of checkpoints, of a run's stage or a run; or names on the hub."),
@@ -131,8 +134,7 @@ def _finish_checkpoint(
         cut = sum(result["num_cut"] for result in results)
         if cut:
             typer.echo(f"{cut:,} sentences were cut to {results[0]['settings']['max_tokens']} tokens")
-    there = probed_alike(folder, results[0])
-    _draw(accuracy_map(f"{checkpoint.name}: {title}, %", there), folder, as_json)
+    _draw(lambda: accuracy_map(f"{checkpoint.name}: {title}, %", probed_alike(folder, results[0])), folder, as_json)
 
 
 @app.command(
@@ -201,7 +203,7 @@ def mlm(
             typer.echo(f"{results[0]['tokens']:,} held-out tokens, of which the commonest is "
                        f"{results[0]['majority']:.1%}; {results[0]['trainable_per_layer']:,} trained parameters a "
                        "layer")  # fmt: skip
-        _draw(accuracy_map(title, {each["task"]: each for each in results}), folder, as_json)
+        _draw(partial(accuracy_map, title, {each["task"]: each for each in results}), folder, as_json)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
 
@@ -296,32 +298,56 @@ def compare(
     if picture.is_dir():
         raise MsltError(f"--picture {picture}: is a folder; name the file to write")
     kind = "mlm" if probe == "mlm" else Settings(pooling, classifier, not raw).name
+    named = checkpoints_of(checkpoints, stages)
     found = [
         (
-            each.name,
+            each.title or each.name,
             probing.read_results(
                 each.folder(kind, results), f"`mslt probe {probe}` on {each.source}", digest(each.source)
             ),
         )
-        for each in checkpoints_of(checkpoints, stages)
+        for each in named
     ]
-    if stages or side_by_side:
-        maps = probing.side_by_side(dict(found))
+    differs = not (stages or side_by_side)
+    if not differs:
+        maps = probing.side_by_side(dict(found), {each.title or each.name: each.num_frozen for each in named})
     elif len(found) < 2:
         raise MsltError(f"{checkpoints[0]}: there is nothing to hold it against; give another checkpoint, or "
                         "--side-by-side")  # fmt: skip
     else:
         maps = [probing.difference_map(each, found[0]) for each in found[1:]]
-    _write(maps, picture.parent, picture.stem, as_json, diverging=not (stages or side_by_side))
+    bracketed = any(any(line) for each in maps for line in each.in_brackets or ())
+    brackets = (UNSURE if differs else FROZEN) if bracketed else ""
+    _write(maps, picture.parent, picture.stem, as_json, differs, brackets)
     if as_json:
-        typer.echo(json.dumps([{"title": m.title, "rows": m.rows, "columns": m.columns,
-                                "values": [[None if v != v else v for v in line] for line in m.values]}
-                               for m in maps], indent=2))  # fmt: skip
-    else:
-        for each in maps:
-            cells = [[row, *("–" if v != v else f"{v:.1f}" for v in line)]
-                     for row, line in zip(each.rows, each.values, strict=True)]  # fmt: skip
-            print_table(["", *each.columns], cells, width=46 + 8 * len(each.columns), title=each.title)
+        typer.echo(json.dumps([_plain(each) for each in maps], indent=2))
+        return
+    for each in maps:
+        is_in = each.in_brackets or [[False] * len(line) for line in each.values]
+        cells = [[row, *(_written(*cell, differs) for cell in zip(line, marks, strict=True))]
+                 for row, line, marks in zip(each.rows, each.values, is_in, strict=True)]  # fmt: skip
+        print_table(["", *each.columns], cells, width=46 + 8 * len(each.columns), title=each.title)
+    if brackets:
+        typer.echo(brackets)
+
+
+def _written(value: float, in_brackets: bool, differs: bool) -> str:
+    if value != value:
+        return "–"
+    text = f"{value:+.1f}" if differs else f"{value:.1f}"
+    return f"({text})" if in_brackets else text
+
+
+def _plain(drawn: "HeatMap") -> dict[str, Any]:
+    """For JSON, which has no NaN."""
+    from dataclasses import asdict
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if value != value else value
+
+    return {name: plain(value) for name, value in asdict(drawn).items()}
 
 
 @app.command(
@@ -365,18 +391,20 @@ def tables(
     typer.echo(f"{VERDICT} Layers count from 0. Ours: mean ± standard deviation over the seeds of the best setting.")
 
 
-def _draw(heat_map: "HeatMap", folder: Path, as_json: bool) -> None:
-    """Beside the results, where another process may end at the same time."""
+def _draw(make: "Callable[[], HeatMap]", folder: Path, as_json: bool) -> None:
+    """Beside the results, where another process may end at the same time: what is there is read when it is its turn."""
     from mslt.files import lock_alone
 
     with lock_alone(folder.parent / ".heatmap.lock", None):
-        _write([heat_map], folder, "heatmap", as_json)
+        _write([make()], folder, "heatmap", as_json)
 
 
-def _write(maps: "list[HeatMap]", folder: Path, stem: str, as_json: bool, diverging: bool = False) -> None:
+def _write(
+    maps: "list[HeatMap]", folder: Path, stem: str, as_json: bool, diverging: bool = False, brackets: str = ""
+) -> None:
     from mslt.report.heatmap import draw_heatmaps, write_heatmaps_csv
 
-    draw_heatmaps(maps, folder / f"{stem}.png", LAYERS, diverging)
+    draw_heatmaps(maps, folder / f"{stem}.png", f"{LAYERS}; {brackets}" if brackets else LAYERS, diverging)
     write_heatmaps_csv(maps, folder / f"{stem}.csv")
     typer.echo(f"heat map: {folder / stem}.png, .csv", err=as_json)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.utils import logging
 
 from mslt.data import keyed
-from mslt.evaluate.fine_tune import Batch, FineTuning, fine_tune, predict
+from mslt.evaluate.fine_tune import Batch, FineTuning, Part, fine_tune, predict
 from mslt.evaluate.glue_data import Row, read_split
 from mslt.evaluate.glue_scores import answers_of, scores
 from mslt.evaluate.glue_tasks import TASKS, Metric, Preset, Task
@@ -97,10 +97,12 @@ def run_cell(source: Source, cell: Cell, model_folder: Path | None, device: str)
     epochs: list[dict[str, dict[str, float]]] = []
     best: dict[str, torch.Tensor] | None = None
     trained: nn.Module = model
+    parts: list[Part] = []
     if source.objective is not None:
         trained = multi_objective_model(model, source.checkpoint, tokenizer, source.objective, cell.settings.seed)
+        parts = trained.parts(cell.settings.learning_rate)
     for num_done in fine_tune(
-        trained, rows, lambda rows: collate(task, tokenizer, rows, cell.max_tokens), cell.settings
+        trained, rows, lambda rows: collate(task, tokenizer, rows, cell.max_tokens), cell.settings, parts
     ):
         if cell.best_epoch or num_done == cell.settings.num_epochs:
             epochs.append({split: _scored(task, tokenizer, model, heldout[split], cell) for split in heldout})

@@ -15,7 +15,7 @@ from mslt.evaluate.glue_submission import answer_tests, asked, write_submission
 from mslt.evaluate.glue_tasks import PRESETS, TASKS, Preset, Task
 from mslt.evaluate.grid import Job, run_jobs
 from mslt.evaluate.mlm_probe import pretrained_head
-from mslt.evaluate.opening import digest, tokenizer_digest
+from mslt.evaluate.opening import digest, grown_from, tokenizer_digest
 from mslt.evaluate.result import refuse_other
 from mslt.files import lock_alone, write_json
 from mslt.provenance import provenance
@@ -55,6 +55,7 @@ def run_glue(
         "max_train_rows": source.max_train_rows,
         "new_pooler": source.new_pooler,
         "objective": None if source.objective is None else asdict(source.objective),
+        "grown": grown_from(source.checkpoint),
     }
     _claim(folder, settings, {name: rows_sha256 for name, (_, rows_sha256) in data.items()}, cells)
 

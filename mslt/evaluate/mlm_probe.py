@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTr
 
 from mslt.data import keyed
 from mslt.errors import MsltError
+from mslt.evaluate.intervals import clustered
 from mslt.evaluate.opening import (
     digest,
     open_config,
@@ -164,13 +165,13 @@ def _batches(windows: Sequence[list[int]], settings: Settings) -> Iterator[list[
 
 
 @torch.inference_mode()
-def head_accuracies(
+def head_answers(
     model: PreTrainedModel, heads: nn.ModuleList, windows: Windows, batch_size: int
-) -> tuple[list[float], int]:
-    """[L]: how often a head's first choice is the token that stands there, over all held-out tokens that are not
-    special, nothing hidden; and how many these are."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """In how many of a held-out window's tokens a head's first choice is what stands there, nothing hidden, [L, W]; and
+    how many these are that are not special, [W]. The shortest windows come first."""
     words_VE = families.words_of(model).weight
-    correct, count = torch.zeros(len(heads), dtype=torch.int64), 0
+    right_LW, asked_W = [], []
     order = sorted(windows.heldout, key=len)
     is_special_V = torch.from_numpy(windows.is_special_V)
     for first in range(0, len(order), batch_size):
@@ -178,11 +179,13 @@ def head_accuracies(
         asked_BT = (mask_BT.bool() & ~is_special_V[ids_BT]).to(model.device)
         ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
         labels_M = ids_BT[asked_BT]
-        count += len(labels_M)
+        right_LBT = torch.zeros(len(heads), *asked_BT.shape, dtype=torch.bool, device=model.device)
         for k, h_BTD in iter_hidden(model, ids_BT, None, mask_BT):
-            for h_MD, labels in zip(h_BTD[asked_BT].split(SCORED_TOKENS), labels_M.split(SCORED_TOKENS), strict=True):
-                correct[k] += (heads[k](h_MD, words_VE).argmax(-1) == labels).sum().cpu()
-    return (correct / count).tolist(), count
+            chosen = [heads[k](h_MD, words_VE).argmax(-1) for h_MD in h_BTD[asked_BT].split(SCORED_TOKENS)]
+            right_LBT[k, asked_BT] = torch.cat(chosen) == labels_M
+        right_LW.append(right_LBT.sum(-1).cpu())
+        asked_W.append(asked_BT.sum(-1).cpu())
+    return torch.cat(right_LW, 1).numpy(), torch.cat(asked_W).numpy()
 
 
 def open_frozen(source: str, device: torch.device) -> PreTrainedModel:
@@ -251,14 +254,17 @@ def probe_mlm(planned: Planned, device: torch.device, progress: Callable[[int, i
     model = open_frozen(source, device)
     heads = heads_for(model, source, settings)
     train_heads(model, heads, windows, settings, progress)
-    accuracy, count = head_accuracies(model, heads, windows, settings.batch_size)
+    right_LW, asked_W = head_answers(model, heads, windows, settings.batch_size)
+    intervals = [clustered(right_W, asked_W) for right_W in right_LW]
     result = {
         "settings": planned.described,
         "checkpoint": source,
         "task": f"dropout {settings.dropout:g}",
-        "accuracy": accuracy,
+        "accuracy": (right_LW.sum(1) / asked_W.sum()).tolist(),
+        "low": [low for low, _ in intervals],
+        "high": [high for _, high in intervals],
         "majority": _commonest_share(windows),
-        "tokens": count,
+        "tokens": int(asked_W.sum()),
         "windows": {"train": len(windows.train), "heldout": len(windows.heldout)},
         "trainable_per_layer": num_parameters(heads[0]),
         "provenance": provenance(),

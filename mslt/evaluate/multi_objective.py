@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mslt.evaluate.fine_tune import Part
 from mslt.evaluate.mlm_probe import HeadInit, pretrained_head
 from mslt.heads.mlm_head import MlmHead, new_mlm_head, without_components
 from mslt.models import families
@@ -25,7 +26,8 @@ from mslt.models.loss import head_sums
 class MultiObjective:
     """`mlm_share` is the probability of a sample to go to the words, `mlm_weight` that of their loss (λ). What the
     paper does not give has our defaults; `dropout` and `chosen_share` are those of its probe. `extra_layer` begins
-    as a copy of the last."""
+    as a copy of the last. A head that is drawn learns at a rate of its own, the probe's: at the encoder's it would
+    hardly read anything by the end."""
 
     extra_layer: bool = False
     head: HeadInit = "pretrained"
@@ -33,6 +35,7 @@ class MultiObjective:
     mlm_weight: float = 1.0
     dropout: float = 0.3
     chosen_share: float = 0.15
+    drawn_head_rate: float = 1e-3
 
 
 class MultiObjectiveModel(nn.Module):
@@ -56,6 +59,12 @@ class MultiObjectiveModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def parts(self, learning_rate: float) -> list[Part]:
+        """What is clipped apart, so that the words do not shorten the classifier's gradient by more than is theirs."""
+        head_rate = self.settings.drawn_head_rate if self.settings.head == "random" else learning_rate
+        extra = [] if self.extra is None else [Part(self.extra, learning_rate)]
+        return [Part(self.model, learning_rate), *extra, Part(self.head, head_rate)]
 
     def forward(
         self,

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.errors import MsltError
-from mslt.files import canonical_json, sha256_file, sha256_text
+from mslt.files import canonical_json, sha256_text
 from mslt.models import families
-from mslt.models.checkpoint import WEIGHTS
+from mslt.models.checkpoint import folder_digest
 from mslt.rundir import RunDir, find_model
 
 T = TypeVar("T")
@@ -148,18 +148,30 @@ def digest(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return f"{source} at {open_config(source)._commit_hash}"
-    files = sorted(file for file in folder.iterdir() if WEIGHTS.search(file.name) or file.name == "config.json")
-    return sha256_text(canonical_json([(file.name, sha256_file(file)) for file in files]))
+    return folder_digest(folder)
 
 
 def tuned_on(source: str) -> str | None:
     """The task that a folder of ours says its model was fine-tuned on; None where none is said."""
+    return _origin(source).get("task")
+
+
+def grown_from(source: str) -> dict[str, Any] | None:
+    """What `mslt grow` says of a folder: the digest of its `parent`, and which `layers` of that it has; None where it
+    did not write it."""
+    found = _origin(source)
+    if not {"sources", "parent_sha256"} <= found.keys():
+        return None
+    return {"parent": found["parent_sha256"], "layers": found["sources"]}
+
+
+def _origin(source: str) -> dict[str, Any]:
     path = Path(source) / "provenance.json"
     if not path.is_file():
-        return None
+        return {}
     try:
-        return json.loads(path.read_text()).get("task")
-    except (ValueError, AttributeError):
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
         raise MsltError(f"{path}: cannot be read; remove it, or take the folder from where it came") from None
 
 

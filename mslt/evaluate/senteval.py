@@ -4,7 +4,6 @@ L hidden states (layers + 1), K sets of labels.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.data import keyed
 from mslt.errors import MsltError
+from mslt.evaluate.intervals import packed, wilson
 from mslt.evaluate.opening import (
     digest,
     locate,
@@ -35,6 +35,7 @@ from mslt.files import canonical_json, lock_alone, sha256_text, write_json
 from mslt.heads.layer_probe import Features, ProbeTraining, train_probes
 from mslt.heads.off_ramp import Pooling
 from mslt.models import families
+from mslt.plan import lowest_graph_layer
 from mslt.provenance import provenance
 from mslt.rundir import RunDir, evaluation_folder, read_plan
 
@@ -42,7 +43,6 @@ Classifier = Literal["mlp", "logistic"]
 Progress = Callable[[str, int, int], None]  # what is done, how much of it is, of how much
 MAX_TOKENS, REPETITIONS = 128, 3
 LOGISTIC_C = 0.1
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`name` is short, for tables; `source` is what transformers opens."""
+    """`name` is short, for tables; `source` is what transformers opens. Of a run's stage `title` says more, and so many
+    of its lowest hidden states stayed as the stage before had left them."""
 
     name: str
     source: str
+    title: str = ""
+    num_frozen: int = 0
 
     def folder(self, kind: str, out: Path | None) -> Path:
         """Where results of a kind of probe lie: beside the checkpoint, or below `out`."""
@@ -94,7 +97,7 @@ def checkpoints_of(arguments: Sequence[str], all_stages: bool = False) -> list[C
             done = [index for index in range(len(read_plan(run).stages)) if run.stage(index).is_done()]
             if not done:
                 raise MsltError(f"{argument}: no stage of this run is finished; wait for the first")
-            found += [Checkpoint(_stage_name(run, index), str(run.stage(index).model)) for index in done]
+            found += [_of_stage(run, index) for index in done]
         else:
             source, origin = locate(argument)
             path = Path(source).resolve() if Path(source).is_dir() else Path(source)
@@ -113,6 +116,14 @@ def _folder_name(path: Path) -> str:
 
 def _stage_name(run: RunDir, index: int) -> str:
     return f"{run.path.resolve().name}-stage-{index + 1}"
+
+
+def _of_stage(run: RunDir, index: int) -> Checkpoint:
+    plan, name = read_plan(run), _stage_name(run, index)
+    stage = plan.stages[index]
+    title = f"{name}: {stage.depth} layers, step {plan.first_step(index) + stage.steps:,}"
+    num_frozen = 1 + lowest_graph_layer(stage.trainable, stage.depth)
+    return Checkpoint(name, str(run.stage(index).model), title, num_frozen)
 
 
 @dataclass(frozen=True)
@@ -273,15 +284,20 @@ def _one_run(
     """Real and shuffled labels, of every hidden state."""
     labels_KR = np.stack([rows.labels, shuffled(rows, seed)])
     if classifier == "logistic":
-        (accuracy, control), dev = logistic_accuracies(features, labels_KR, rows.splits, progress)
-        return {"seed": seed, "accuracy": accuracy, "control": control, "dev": dev}
+        right_KLR, dev = logistic_probes(features, labels_KR, rows.splits, progress)
+        return {"seed": seed, **_told(right_KLR), "dev": dev}
     training = ProbeTraining(num_hidden=TASKS[name].num_hidden)
     found = train_probes(
         features, torch.from_numpy(labels_KR), rows.splits, len(rows.classes), training, seed, progress, device
     )
-    accuracy, control = found.test.tolist()
-    return {"seed": seed, "accuracy": accuracy, "control": control, "dev": found.dev[0].tolist(),
-            "l2": found.l2[0].tolist(), "epochs": found.epochs[0].tolist()}  # fmt: skip
+    return {"seed": seed, **_told(found.right.numpy()), "dev": found.dev[0].tolist(), "l2": found.l2[0].tolist(),
+            "epochs": found.epochs[0].tolist()}  # fmt: skip
+
+
+def _told(right_KLR: np.ndarray) -> dict[str, Any]:
+    """Of real and shuffled labels, the test rows that were right: how many, and of the real ones which."""
+    accuracy, control = right_KLR.mean(-1).tolist()
+    return {"accuracy": accuracy, "control": control, "right": [packed(right_R) for right_R in right_KLR[0]]}
 
 
 def _search(classifier: Classifier, task: str) -> dict[str, Any]:
@@ -303,33 +319,25 @@ def shuffled(rows: ProbeRows, seed: int) -> np.ndarray:
     return labels
 
 
-def logistic_accuracies(
+def logistic_probes(
     features: Features,
     labels_KR: np.ndarray,
     splits: dict[str, np.ndarray],
     progress: Callable[[int, int], None],
-) -> tuple[list[list[float]], list[float]]:
-    """[K][L] on the test rows; [L] of the first labels on the dev rows."""
+) -> tuple[np.ndarray, list[float]]:
+    """Which test rows were right [K, L, R], and the accuracy on the dev rows of the first labels [L]."""
     L = len(features.shift_LD)
-    found: list[list[float]] = [[] for _ in labels_KR]
+    right_KLR = np.zeros((len(labels_KR), L, len(splits["te"])), bool)
     dev: list[float] = []
     for k in range(L):
         x_RD = torch.addcmul(features.shift_LD[k], features.rows_RLD[:, k].float(), features.scale_LD[k]).numpy()
-        for labels_R, accuracies in zip(labels_KR, found, strict=True):
+        for of, labels_R in enumerate(labels_KR):
             fit = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(x_RD[splits["tr"]], labels_R[splits["tr"]])
-            accuracies.append(float(fit.score(x_RD[splits["te"]], labels_R[splits["te"]])))
-            if accuracies is found[0]:
+            right_KLR[of, k] = fit.predict(x_RD[splits["te"]]) == labels_R[splits["te"]]
+            if of == 0:
                 dev.append(float(fit.score(x_RD[splits["va"]], labels_R[splits["va"]])))
         progress(k + 1, L)
-    return found, dev
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` rows (Wilson 1927)."""
-    z2 = Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return right_KLR, dev
 
 
 def _digest(rows: ProbeRows) -> str:

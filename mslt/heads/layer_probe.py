@@ -6,8 +6,8 @@ every 4 epochs, the best of them kept; a sixth time without a better one ends th
 back); the L2 strength is chosen on dev. On its torch `size_average=False` made the loss a sum, beside which L2 was
 weaker; torch of today ignores it, and so do we. Weights begin, and rows come, alike for all probes of a seed.
 
-R rows, B batch, L hidden states, D width, K sets of labels, P probes (L × K × strengths of L2), H hidden units,
-C classes.
+R rows, B batch, L hidden states, D width, K sets of labels, G probes of a hidden state (K × strengths of L2), H hidden
+units, C classes.
 """
 
 from collections.abc import Callable
@@ -60,13 +60,14 @@ class Features:
 
 @dataclass(frozen=True)
 class Probed:
-    """[K, L] each: accuracy on dev and test of the probe that was best on dev, its strength of L2, and the epochs until
-    it ended."""
+    """Of the probe that was best on dev, [K, L] each: accuracy on dev and test, its strength of L2, the epochs until it
+    ended; and which test rows it had right, [K, L, R]."""
 
     dev: torch.Tensor
     test: torch.Tensor
     l2: torch.Tensor
     epochs: torch.Tensor
+    right: torch.Tensor
 
 
 def train_probes(
@@ -79,69 +80,84 @@ def train_probes(
     progress: Callable[[int, int], None] = lambda done, total: None,
     device: torch.device | str = "cpu",
 ) -> Probed:
-    """`splits` holds the rows of `tr`, `va` and `te`. `progress` is told how many of the probes have ended."""
+    """`splits` holds the rows of `tr`, `va` and `te`. `progress` is told how many of the probes have ended.
+
+    The probes of a hidden state are one matrix product. Those that have ended leave it, but for as many as another
+    hidden state has more, which go on unheeded.
+    """
     (L, D), K, S = features.shift_LD.shape, len(labels_KR), len(training.l2)
-    P = L * K * S
-    layer_P, set_P, strength_P = torch.cartesian_prod(*map(torch.arange, (L, K, S))).T.to(device)
-    l2_P = torch.tensor(training.l2, device=device)[strength_P]
+    l2_G = torch.tensor(training.l2, device=device).repeat(K)
+    set_G = torch.arange(K, device=device).repeat_interleave(S)
     features, labels_KR = features.near(device), labels_KR.to(device)
     begin = initial_weights(D, num_classes, training.num_hidden, seed)
-    weights = [weight.to(device).expand(P, -1, -1).clone() for weight in begin]
+    weights = [weight.to(device).expand(L, K * S, *weight.shape).clone() for weight in begin]
     optimizer = _adam(weights, training)
-    dev_P, test_P = (torch.full((P,), -1.0, device=device) for _ in range(2))
-    misses_P, epochs_P = (torch.zeros(P, dtype=torch.int64, device=device) for _ in range(2))
-    going = torch.arange(P, device=device)  # the probes whose weights are still here
+    dev_LG = torch.full((L, K * S), -1.0, device=device)
+    misses_LG, epochs_LG = (torch.zeros(L, K * S, dtype=torch.int64, device=device) for _ in range(2))
+    right_LGR = torch.zeros(L, K * S, len(splits["te"]), dtype=torch.bool, device=device)
+    layer_L1, probe_LG = torch.arange(L, device=device)[:, None], torch.arange(K * S, device=device).expand(L, -1)
     epoch = 0
-    while len(going) and epoch <= training.max_epochs:
-        read = partial(_read, features, labels_KR, layer_P[going], set_P[going])
+    while len(layer_L1) and epoch <= training.max_epochs:
+        here = layer_L1, probe_LG  # the probes whose weights are still there
+        read = partial(_read, features, labels_KR, layer_L1[:, 0], set_G[probe_LG])
         for _ in range(training.round_epochs):
             epoch += 1
             order = np.argsort(keyed.bits(seed, "probe_order", epoch, splits["tr"]), kind="stable")
-            _train_epoch(weights, optimizer, read, splits["tr"][order], l2_P[going], training.batch_size)
-        dev, test = (_accuracy(weights, read, splits[split]) for split in ("va", "te"))
-        better = dev > dev_P[going]
-        dev_P[going], test_P[going] = torch.where(better, dev, dev_P[going]), torch.where(better, test, test_P[going])
-        misses_P[going] += ~better
-        epochs_P[going] = epoch
-        stays = better | (misses_P[going] <= training.tenacity)
-        if not stays.all():
-            weights, optimizer = _kept(weights, optimizer, stays, training)
-            going = going[stays]
-        progress(P - len(going), P)
-    best_LK1 = dev_P.view(L, K, S).argmax(-1, keepdim=True)
-    dev, test, l2, epochs = (
-        of_P.view(L, K, S).take_along_dim(best_LK1, -1)[..., 0].T.cpu() for of_P in (dev_P, test_P, l2_P, epochs_P)
+            _train_epoch(weights, optimizer, read, splits["tr"][order], l2_G[probe_LG], training.batch_size)
+        dev, right = _right(weights, read, splits["va"]).float().mean(-1), _right(weights, read, splits["te"])
+        going = misses_LG[here] <= training.tenacity
+        better = going & (dev > dev_LG[here])
+        dev_LG[here] = torch.where(better, dev, dev_LG[here])
+        right_LGR[here] = torch.where(better[..., None], right, right_LGR[here])
+        epochs_LG[here] = torch.where(going, epoch, epochs_LG[here])
+        misses_LG[here] += ~better
+        going = misses_LG[here] <= training.tenacity
+        if going.sum(1).max() < going.shape[1] or not going.any(1).all():
+            stays_L, first_LG = going.any(1), going.int().argsort(dim=1, descending=True, stable=True)
+            kept_LG = first_LG[stays_L, : going.sum(1).max()]
+            weights, optimizer = _kept(weights, optimizer, stays_L, kept_LG, training)
+            layer_L1, probe_LG = layer_L1[stays_L], probe_LG[stays_L].gather(1, kept_LG)
+        progress(int((misses_LG > training.tenacity).sum()), misses_LG.numel())
+    best_LK1 = dev_LG.view(L, K, S).argmax(-1, keepdim=True)
+
+    def of_best(of_LG: torch.Tensor) -> torch.Tensor:
+        return of_LG.view(L, K, S).take_along_dim(best_LK1, -1)[..., 0].T.cpu()
+
+    right_LKSR = right_LGR.view(L, K, S, -1)
+    right_KLR = right_LKSR.take_along_dim(best_LK1[..., None], 2)[:, :, 0].transpose(0, 1).cpu()
+    return Probed(
+        of_best(dev_LG), right_KLR.float().mean(-1), of_best(l2_G.expand(L, -1)), of_best(epochs_LG), right_KLR
     )
-    return Probed(dev, test, l2, epochs)
 
 
 def initial_weights(width: int, num_classes: int, num_hidden: int, seed: int) -> list[torch.Tensor]:
-    """Matrices [in, out] and biases [1, out] of one probe, as torch draws those of a Linear."""
+    """Matrices [out, in] and biases [out] of one probe, as torch draws those of a Linear."""
     generator = torch.Generator().manual_seed(keyed.torch_seed(seed, "probe"))
-    sizes = [(width, num_hidden), (num_hidden, num_classes)] if num_hidden else [(width, num_classes)]
+    sizes = [(num_hidden, width), (num_classes, num_hidden)] if num_hidden else [(num_classes, width)]
     return [
-        (2 * torch.rand(rows, columns, generator=generator) - 1) / width_in**0.5
-        for width_in, columns in sizes
-        for rows in (width_in, 1)
+        (2 * torch.rand(shape, generator=generator) - 1) / width_in**0.5
+        for width_out, width_in in sizes
+        for shape in ((width_out, width_in), (width_out,))
     ]
 
 
-def probe_logits(weights: list[torch.Tensor], x_PBD: torch.Tensor) -> torch.Tensor:
-    """[P, B, C]."""
+def probe_logits(weights: list[torch.Tensor], x_LBD: torch.Tensor) -> torch.Tensor:
+    """[L, G, C, B] of `weights` [L, G, H, D], [L, G, H], [L, G, C, H] and [L, G, C]."""
     matrix, bias, *rest = weights
-    out = torch.baddbmm(bias, x_PBD, matrix)
-    return torch.baddbmm(rest[1], out.sigmoid(), rest[0]) if rest else out
+    out_LXB = torch.baddbmm(bias.flatten(1)[:, :, None], matrix.flatten(1, 2), x_LBD.transpose(1, 2))
+    out_LGHB = out_LXB.unflatten(1, bias.shape[1:])
+    return rest[0] @ out_LGHB.sigmoid() + rest[1][..., None] if rest else out_LGHB
 
 
 Read = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _read(
-    features: Features, labels_KR: torch.Tensor, layer_P: torch.Tensor, set_P: torch.Tensor, rows: np.ndarray
+    features: Features, labels_KR: torch.Tensor, layer_L: torch.Tensor, set_LG: torch.Tensor, rows: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What probes read of these rows, [P, B, D], and their labels [P, B]."""
+    """What probes read of these rows, [L, B, D], and their labels [L, G, B]."""
     labels_KB = labels_KR[:, torch.from_numpy(rows).to(labels_KR.device)]
-    return features.of(rows).transpose(0, 1)[layer_P], labels_KB[set_P]
+    return features.of(rows).transpose(0, 1)[layer_L], labels_KB[set_LG]
 
 
 def _train_epoch(
@@ -149,26 +165,28 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     read: Read,
     rows: np.ndarray,
-    l2_P: torch.Tensor,
+    l2_LG: torch.Tensor,
     batch_size: int,
 ) -> None:
     for first in range(0, len(rows), batch_size):
-        x_PBD, labels_PB = read(rows[first : first + batch_size])
-        logits_PBC = probe_logits(weights, x_PBD)
-        loss = cross_entropy(logits_PBC.flatten(0, 1), labels_PB.flatten(), reduction="sum") / labels_PB.shape[1]
+        x_LBD, labels_LGB = read(rows[first : first + batch_size])
+        logits_LGCB = probe_logits(weights, x_LBD)
+        loss = cross_entropy(logits_LGCB.flatten(0, 1), labels_LGB.flatten(0, 1), reduction="sum") / x_LBD.shape[1]
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-            weight.grad = gradient.addcmul_(weight.detach(), l2_P[:, None, None])  # what Adam's weight_decay does
+            l2 = l2_LG.view(*l2_LG.shape, *(1,) * (weight.ndim - 2))
+            # What Adam's weight_decay does; the fused one takes it for laid out as the weights are.
+            weight.grad = gradient.contiguous().addcmul_(weight.detach(), l2)
         optimizer.step()
 
 
 @torch.no_grad()
-def _accuracy(weights: list[torch.Tensor], read: Read, rows: np.ndarray) -> torch.Tensor:
-    """[P]."""
-    correct_P = torch.zeros(len(weights[0]), device=weights[0].device)
+def _right(weights: list[torch.Tensor], read: Read, rows: np.ndarray) -> torch.Tensor:
+    """Which rows each probe has right, [L, G, R]."""
+    found = []
     for first in range(0, len(rows), SCORED_ROWS):
-        x_PBD, labels_PB = read(rows[first : first + SCORED_ROWS])
-        correct_P += (probe_logits(weights, x_PBD).argmax(-1) == labels_PB).sum(1)
-    return correct_P / len(rows)
+        x_LBD, labels_LGB = read(rows[first : first + SCORED_ROWS])
+        found.append(probe_logits(weights, x_LBD).argmax(2) == labels_LGB)
+    return torch.cat(found, -1)
 
 
 def _adam(weights: list[torch.Tensor], training: ProbeTraining) -> torch.optim.Adam:
@@ -176,13 +194,22 @@ def _adam(weights: list[torch.Tensor], training: ProbeTraining) -> torch.optim.A
 
 
 def _kept(
-    weights: list[torch.Tensor], optimizer: torch.optim.Adam, stays: torch.Tensor, training: ProbeTraining
+    weights: list[torch.Tensor],
+    optimizer: torch.optim.Adam,
+    stays_L: torch.Tensor,
+    kept_LG: torch.Tensor,
+    training: ProbeTraining,
 ) -> tuple[list[torch.Tensor], torch.optim.Adam]:
-    """Some of the probes, in a new optimizer that goes on as the old one would have."""
-    fewer = [weight.detach()[stays] for weight in weights]
-    after = _adam(fewer, training)
-    for weight, before in zip(fewer, weights, strict=True):
+    """Some of the hidden states, of each some of the probes, in a new optimizer that goes on as the old one would
+    have."""
+
+    def fewer(of: torch.Tensor) -> torch.Tensor:
+        return of.detach()[stays_L][torch.arange(len(kept_LG), device=of.device)[:, None], kept_LG]
+
+    left = [fewer(weight) for weight in weights]
+    after = _adam(left, training)
+    for weight, before in zip(left, weights, strict=True):
         state = optimizer.state[before]
-        after.state[weight] = {"step": state["step"].clone(), "exp_avg": state["exp_avg"][stays],
-                               "exp_avg_sq": state["exp_avg_sq"][stays]}  # fmt: skip
-    return fewer, after
+        after.state[weight] = {"step": state["step"].clone(), "exp_avg": fewer(state["exp_avg"]),
+                               "exp_avg_sq": fewer(state["exp_avg_sq"])}  # fmt: skip
+    return left, after

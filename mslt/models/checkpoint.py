@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mslt.data import keyed
 from mslt.errors import MsltError
-from mslt.files import sha256_file, whole_file, whole_folder, write_json, write_text
+from mslt.files import canonical_json, sha256_file, sha256_text, whole_file, whole_folder, write_json, write_text
 from mslt.growth import Sources
 from mslt.models import families
 from mslt.models.factory import fill, own_state, read_model
@@ -80,6 +80,12 @@ def save_fine_tuned(
         write_json(temporary / "provenance.json", {**origin, **provenance()})
 
 
+def folder_digest(folder: Path) -> str:
+    """What tells two folders of checkpoints apart: a hash of their weights and config."""
+    files = sorted(file for file in folder.iterdir() if WEIGHTS.search(file.name) or file.name == "config.json")
+    return sha256_text(canonical_json([(file.name, sha256_file(file)) for file in files]))
+
+
 def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[int, int]:
     """Rebuild the checkpoint in `source` by an index map and write it to `out`, with all other files carried over.
 
@@ -104,5 +110,6 @@ def grow_folder(source: Path, out: Path, sources: Sources, seed: int) -> tuple[i
             if file.is_file() and not carried.exists() and not WEIGHTS.search(file.name):
                 carried.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, carried)
-        write_json(temporary / "provenance.json", {"parent": str(source), "sources": sources, **provenance()})
+        origin = {"parent": str(source), "parent_sha256": folder_digest(source), "sources": sources}
+        write_json(temporary / "provenance.json", {**origin, **provenance()})
     return num_layers(before, family), len(sources)

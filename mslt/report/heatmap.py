@@ -27,12 +27,15 @@ MOST_CELLS_WITH_NUMBERS = 13  # on a side, without a format of the numbers' own
 
 @dataclass(frozen=True)
 class HeatMap:
-    """`values` [rows][columns]; NaN where there is none."""
+    """`values` [rows][columns], NaN where there is none; of each its interval, and whether it stands in brackets, where
+    the map has these."""
 
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
+    intervals: Sequence[Sequence[tuple[float, float]]] | None = None
+    in_brackets: Sequence[Sequence[bool]] | None = None
 
 
 def draw_heatmaps(
@@ -57,7 +60,7 @@ def draw_heatmaps(
         low, high = shared if diverging else limits_of(values, is_difference=False)
         colours = DIFFERENCE if diverging else "viridis"
         written = f"{{:+.{decimals}f}}" if diverging else f"{{:.{decimals}f}}"
-        image = heat_map(axes, values, each.rows, each.columns, low, high, colours, written)
+        image = heat_map(axes, values, each.rows, each.columns, low, high, colours, written, each.in_brackets)
         axes.set_title(each.title, fontsize=9, parse_math=False)
         axes.set_xlabel(column_label, fontsize=8)
         figure.colorbar(image, ax=axes, shrink=0.9, aspect=25, pad=0.02).ax.tick_params(labelsize=6)
@@ -85,6 +88,7 @@ def heat_map(
     high: float,
     colours: str = "viridis",
     written: str | None = None,
+    in_brackets: Sequence[Sequence[bool]] | None = None,
 ) -> Any:
     """The image, drawn into `axes`. Values stand in their cells with `written`, or as .25 where they are few."""
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto" if written else "equal")
@@ -95,6 +99,8 @@ def heat_map(
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             text = f"{value:.2f}".removeprefix("0") if written is None else written.format(value)
+            if in_brackets is not None and in_brackets[row][column]:
+                text = f"({text})"
             red, green, blue, _ = image.cmap(image.norm(value))
             is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if is_dark else "black")
@@ -109,20 +115,22 @@ def write_picture(figure: Any, picture: Path) -> None:
     pyplot.close(figure)
 
 
-CSV_HEADER = ["map", "row", "column", "value"]
+CSV_HEADER = ["map", "row", "column", "value", "low", "high", "in_brackets"]
 
 
 def write_heatmaps_csv(maps: Sequence[HeatMap], path: Path) -> None:
-    """A line for each number: map, row, column, value. `read_heatmaps_csv` reads it."""
+    """A line for each number, with its interval and whether it stands in brackets, empty where the map has none.
+    `read_heatmaps_csv` reads the numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_HEADER)
         for each in maps:
-            for row, line in zip(each.rows, each.values, strict=True):
-                for column, value in zip(each.columns, line, strict=True):
-                    if not math.isnan(value):
-                        writer.writerow([each.title, row, column, value])
+            for (row, column), value in np.ndenumerate(np.asarray(each.values, dtype=float)):
+                if not math.isnan(value):
+                    interval = ("", "") if each.intervals is None else each.intervals[row][column]
+                    bracketed = "" if each.in_brackets is None else int(each.in_brackets[row][column])
+                    writer.writerow([each.title, each.rows[row], each.columns[column], value, *interval, bracketed])
 
 
 def read_heatmaps_csv(path: Path) -> list[HeatMap]:
@@ -134,7 +142,7 @@ def read_heatmaps_csv(path: Path) -> list[HeatMap]:
         lines = list(reader)
     maps = []
     for title in dict.fromkeys(line[0] for line in lines):
-        cells = {(row, column): float(value) for name, row, column, value in lines if name == title}
+        cells = {(row, column): float(value) for name, row, column, value, *_ in lines if name == title}
         rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
         values = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         maps.append(HeatMap(title, rows, columns, values))

@@ -313,7 +313,7 @@ def provenance_tables(paths: list[Path], runs: list[Curves]) -> list[Table | Cha
         )  # fmt: skip
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     stages = [
-        [run.label, str(number), str(stage.depth), sources_in_words(stage), trainable_in_words(stage),
+        [run.label, str(number), str(stage.depth), sources_in_words(stage.sources), trainable_in_words(stage),
          f"{stage.steps:,}", f"{stage.batch_size:,}", str(stage.sequence_length), f"{stage.learning_rate.peak:g}"]
         for run in runs
         for number, stage in enumerate(run.plan.stages, 1)

@@ -9,12 +9,14 @@ from typing import Any
 
 from mslt.errors import MsltError
 from mslt.evaluate.glue_tasks import PRESETS
+from mslt.plan import sources_in_words
 from mslt.report import paper
 
 METHODS = tuple(dict.fromkeys(row.method for rows in paper.SURGERY.values() for row in rows))
 # Of one checkpoint, which surgery alters: what `objective` of their settings is of, None where there is none.
 OBJECTIVES = {"plain": None, "multi-objective": "masked words", "extra-layer": "masked words with an extra layer"}
 LABELS = "labels alone"
+SURGERIES = ("copy", "drop")  # what `grown` of their settings is of
 VERDICT = "In the paper no method beats plain fine-tuning on the average of the four tasks."
 
 
@@ -31,6 +33,14 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Method:
+    """Means by task, and which layers of its parent a grown checkpoint has, in words."""
+
+    means: dict[str, Mean]
+    layers: str | None = None
+
+
+@dataclass(frozen=True)
 class SurgeryTable:
     """`rows`: who says so, the method, and means by column; ours first. `columns` ends with the average, which only
     rows with every task have; its deviation is not told."""
@@ -40,18 +50,15 @@ class SurgeryTable:
     rows: list[tuple[str, str, dict[str, Mean]]]
 
 
-def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, Mean]]:
-    """By method and task. MsltError for a folder without results,
-    of other headlines than the paper's, or of another method; and where methods were not fine-tuned alike, or those
-    without surgery not from one checkpoint."""
-    found: dict[str, dict[str, Mean]] = {}
-    of_one: dict[str, Any] = {}  # method → the digest of its checkpoint
-    done: dict[str, tuple[str, Any]] = {}
+def read_methods(folders: dict[str, Path]) -> dict[str, Method]:
+    """MsltError for a folder without results, of other headlines than the paper's, or of another method; and where
+    methods were not fine-tuned alike, or not from one checkpoint, which surgery altered."""
+    read: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     for method, folder in folders.items():
         try:
             results = json.loads((folder / "results.json").read_text())
             tasks, settings = results["tasks"], results["settings"]
-            max_train_rows, checkpoint = settings["max_train_rows"], settings["checkpoint"]
+            _ = settings["checkpoint"], settings["max_train_rows"]
             objective = _objective(settings)
         except (OSError, ValueError, KeyError, TypeError):
             raise MsltError(f"{method}={folder}: holds no results.json of `mslt evaluate glue`; run it first, with "
@@ -60,38 +67,61 @@ def read_methods(folders: dict[str, Path]) -> dict[str, dict[str, Mean]]:
         if objective != wanted:
             raise MsltError(f"{method}={folder}: was fine-tuned on {objective or LABELS}, not on {wanted or LABELS}; "
                             "name the folder of this method's")  # fmt: skip
-        if method in OBJECTIVES:
-            first = next(iter(of_one), method)
-            if of_one.setdefault(method, checkpoint) != of_one[first]:
-                raise MsltError(f"{method}={folder}: was fine-tuned from another checkpoint than {first}'s; begin all "
-                                "but copy and drop from one")  # fmt: skip
-        found[method] = {}
+        if method in SURGERIES and settings.get("grown") is None:
+            raise MsltError(f"{method}={folder}: is of a checkpoint that no `mslt grow` made; fine-tune what it writes")
+        read[method] = tasks, settings
+    _refuse_unlike(folders, {method: settings for method, (_, settings) in read.items()})
+    found: dict[str, Method] = {}
+    done: dict[str, tuple[str, Any]] = {}
+    for method, (tasks, settings) in read.items():
+        means = {}
         for task in paper.SURGERY_TASKS:
             entry = tasks.get(task)
             if entry is None or entry["best"] is None:
                 continue
             headline = PRESETS["convexity"].headline(task)
             if entry["headline"] != headline:
-                raise MsltError(f"{method}={folder}: {task} is headed by {entry['headline']}, in the paper by "
+                raise MsltError(f"{method}={folders[method]}: {task} is headed by {entry['headline']}, in the paper by "
                                 f"{headline}; fine-tune with --preset convexity")  # fmt: skip
-            how = entry["protocol"], max_train_rows
+            how = entry["protocol"], settings["max_train_rows"]
             first, as_first = done.setdefault(task, (method, how))
             if how != as_first:
-                raise MsltError(f"{method}={folder}: {task} was fine-tuned otherwise than {first}'s; give `mslt "
-                                "evaluate glue` the same options for all")  # fmt: skip
+                raise MsltError(f"{method}={folders[method]}: {task} was fine-tuned otherwise than {first}'s; give "
+                                "`mslt evaluate glue` the same options for all")  # fmt: skip
             deviation = None if entry["deviation"] is None else 100 * entry["deviation"]
-            found[method][task] = Mean(100 * entry["mean"], deviation, len(entry["headlines"]))
+            means[task] = Mean(100 * entry["mean"], deviation, len(entry["headlines"]))
+        layers = sources_in_words(tuple(settings["grown"]["layers"])) if method in SURGERIES else None
+        found[method] = Method(means, layers)
     return found
 
 
-def surgery_tables(ours: dict[str, dict[str, Mean]]) -> list[SurgeryTable]:
+def _refuse_unlike(folders: dict[str, Path], settings: dict[str, dict[str, Any]]) -> None:
+    """MsltError where methods begin from unlike checkpoints, or second objectives differ in more than the layer."""
+    begun: dict[str, Any] = {}  # method → the digest of what surgery altered, or of the checkpoint as it is
+    masked: dict[str, Any] = {}
+    for method, each in settings.items():
+        first = next(iter(begun), method)
+        begun[method] = each["grown"]["parent"] if method in SURGERIES else each["checkpoint"]
+        if begun[method] != begun[first]:
+            raise MsltError(f"{method}={folders[method]}: begins from another checkpoint than {first}'s; begin all "
+                            "from one, or from what `mslt grow` made of it")  # fmt: skip
+        if each.get("objective") is not None:
+            first = next(iter(masked), method)
+            masked[method] = {**each["objective"], "extra_layer": None}
+            if masked[method] != masked[first]:
+                raise MsltError(f"{method}={folders[method]}: has its words masked or its MLM head begun otherwise "
+                                f"than {first}'s; give both the same options")  # fmt: skip
+
+
+def surgery_tables(ours: dict[str, Method]) -> list[SurgeryTable]:
     """Of each the paper's rows, and before them ours of the same methods. Plain fine-tuning stands in both, ours only
     beside another of its table, or in the first where it is alone: the second's is another model."""
     tables = []
     for index, (title, reported) in enumerate(paper.SURGERY.items()):
         beside = {row.method for row in reported} & (ours.keys() - {"plain"})
         mine = reported if beside or (index == 0 and ours.keys() == {"plain"}) else ()
-        rows = [("ours", row.name, ours[row.method]) for row in mine if ours.get(row.method)]
+        done = [(row, ours[row.method]) for row in mine if row.method in ours]
+        rows = [("ours", _name(row, method), method.means) for row, method in done if method.means]
         rows += [("paper", row.name, {task: Mean(score) for task, score in row.scores.items()}) for row in reported]
         tables.append(
             SurgeryTable(
@@ -101,6 +131,10 @@ def surgery_tables(ours: dict[str, dict[str, Mean]]) -> list[SurgeryTable]:
             )
         )
     return tables
+
+
+def _name(row: paper.Surgery, ours: Method) -> str:
+    return row.name if ours.layers is None else f"{row.name}: {ours.layers}"
 
 
 def _objective(settings: dict[str, Any]) -> str | None:

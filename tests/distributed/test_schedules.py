@@ -61,3 +61,29 @@ def test_a_schedule_trains_what_it_says(name: str, tiny_recipe: dict[str, Any], 
                 f"stage {index + 1}: {key}, planned to train: {trained}"
             )
         before = after
+
+
+def test_full_training_cut_into_stages_is_full_training(
+    tiny_recipe: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    """So a baseline may leave snapshots where another schedule does."""
+    depth = tiny_recipe["model"]["num_hidden_layers"]
+    same = f"0-{depth - 1}"
+    cut = [
+        {"sources": ",".join(["random"] * depth), "share": 1},
+        {"sources": same, "share": 1},
+        {"sources": same, "share": 2},
+    ]
+    ended: list[State] = []
+    for name, schedule in (("whole", {"name": "full"}),
+                           ("cut", {"name": "stages", "stages": cut, "optimizer_state": "carry"})):  # fmt: skip
+        tiny_recipe["schedule"] = {"steps": 8, **schedule}
+        recipe = parse_recipe(tiny_recipe, "recipe")
+        plan = make_plan(recipe, read_engine_config(recipe.engine), read_manifest(shards).hash)
+        run = open_run(tmp_path / name, plan, "", {})
+        with alone() as workers:
+            train(plan, run, shards, recipe.watch, workers, lambda: False)
+        ended.append(factory.own_state(factory.read_model(run.stage(len(plan.stages) - 1).model)))
+    whole, cut_up = ended
+    assert whole.keys() == cut_up.keys()
+    assert all(torch.equal(whole[key], cut_up[key]) for key in whole)

