@@ -317,6 +317,25 @@ def test_the_record_of_a_study(tmp_path: Path, tiny_sections: dict[str, Any], mo
         assert f"| {loss:.3f} |" in row
 
 
+def test_how_far_growing_throws_back_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two seeds: over the border of two stages by +0.5 and -0.1; the second seed's first stage unlearnt."""
+    losses = {0: [(7.0, 6.0), (6.5, 5.5)], 1: [(7.0, 7.25), (7.15, 6.0)]}
+    arms = [Arm("grown", "time", 0.01, None, seed, 10, 0.8, Path(str(seed))) for seed in losses]
+
+    def stages(arm: Arm) -> tuple[list[dict[str, Any]], None]:
+        both = losses[arm.seed]
+        return [{f"evaluation_{when}": {"mlm_loss": loss} for when, loss in zip(("before", "after"), each, strict=True)}
+                for each in both], None  # fmt: skip
+
+    monkeypatch.setattr(schedules, "_stages", stages)
+    monkeypatch.setattr(schedules, "heldout_loss", lambda arm: losses[arm.seed][-1][1])
+    said = (
+        "grown, equal time, all seeds: growing changes the loss by -0.100 to +0.500 nats; a stage raises the loss by "
+    )
+    assert schedules.growth_lines("grown", arms) == [f"{said}0.250."]
+    assert schedules.growth_lines("grown", [replace(arm, equal="steps") for arm in arms]) == []
+
+
 def test_a_run_that_diverges_is_no_candidate(
     tmp_path: Path, tiny_sections: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
