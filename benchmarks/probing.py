@@ -165,9 +165,9 @@ def one_alone(
     training: ProbeTraining,
     l2: float,
     seed: int = 0,
-) -> tuple[float, float, int]:
-    """As SentEval's classifier.py trains a probe: dev and test accuracy of the module that was best on dev, and the
-    epochs until it ended."""
+) -> tuple[float, torch.Tensor, int]:
+    """As SentEval's classifier.py trains a probe: of the module that was best on dev its accuracy there and which test
+    rows it has right [R], and the epochs until it ended."""
     width, hidden = x_RD.shape[1], training.num_hidden
     parts: list[nn.Module] = [nn.Linear(width, hidden or num_classes)]
     if hidden:
@@ -180,9 +180,9 @@ def one_alone(
     optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, weight_decay=l2)
 
     @torch.no_grad()
-    def accuracy(model: nn.Module, split: str) -> float:
+    def right(model: nn.Module, split: str) -> torch.Tensor:
         chosen = torch.from_numpy(splits[split]).to(x_RD.device)
-        return float((model(x_RD[chosen]).argmax(1) == labels_R[chosen]).float().mean())
+        return model(x_RD[chosen]).argmax(1) == labels_R[chosen]
 
     best, best_model, misses, epoch, is_over = -1.0, model, 0, 0, False
     while not is_over and epoch <= training.max_epochs:
@@ -195,13 +195,13 @@ def one_alone(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        found = accuracy(model, "va")
+        found = float(right(model, "va").float().mean())
         if found > best:
             best, best_model = found, copy.deepcopy(model)
         else:
             is_over = misses >= training.tenacity
             misses += 1
-    return best, accuracy(best_model, "te"), epoch
+    return best, right(best_model, "te"), epoch
 
 
 if __name__ == "__main__":

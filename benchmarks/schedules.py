@@ -19,10 +19,10 @@ from mslt.data.manifest import read_manifest
 from mslt.errors import MsltError
 from mslt.plan import Plan
 from mslt.report.curves import draw_curves
-from mslt.report.study import findings, verdict
+from mslt.report.study import Spread, findings, verdict
 from mslt.report.study import table as findings_table
 from mslt.rundir import RunDir, read_plan, read_summaries
-from mslt.study import Arm, Study, heldout_loss, open_study, run_study, tuning_arms
+from mslt.study import Arm, Study, heldout_loss, is_done, open_study, run_study, seeds_of, tuning_arms
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     tuning = {name: tuning_arms(study, name) for name in config.schedules}
     rates = sorted({arm.learning_rate for arms in tuning.values() for arm in arms})
     tried = [
-        [name, f"{share:g}", *(f"{losses[rate]:.3f}" if rate in losses else "–" for rate in rates)]
+        [name, f"{share:g}", *(str(losses[rate]) if rate in losses else "–" for rate in rates)]
         for name, arms in tuning.items() for share, losses in _tried(study, arms).items()
     ]  # fmt: skip
     stages = []
@@ -90,7 +90,10 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
         *(f"- {line}" for name, arms in chosen.items() for line in growth_lines(name, arms)),
         f"- The runs are of the commits {', '.join(sorted(_commits([*chosen.values(), *tuning.values()])))}.",
         "",
-        f"## Learning rates and decay shares, equal time, seed {config.seeds[0]}",
+        "## Learning rates and decay shares, equal time",
+        "",
+        f"With a deviation over seeds {', '.join(map(str, config.seeds))}, else of seed {config.seeds[0]} alone: what "
+        "leads gets the others, and is chosen once it leads with all.",
         "",
         *table(["schedule", "decay share", *(f"{rate:g}" for rate in rates)], tried),
         "",
@@ -100,11 +103,12 @@ def report(study: Study, chosen: dict[str, list[Arm]], shards: Path, num_workers
     ]
 
 
-def _tried(study: Study, arms: list[Arm]) -> dict[float, dict[float, float]]:
+def _tried(study: Study, arms: list[Arm]) -> dict[float, dict[float, Spread]]:
     """Held-out loss by decay share and rate."""
-    found: dict[float, dict[float, float]] = {}
+    found: dict[float, dict[float, Spread]] = {}
     for arm in arms:
-        found.setdefault(study.recipe(arm).optimizer.decay_share, {})[arm.learning_rate] = heldout_loss(arm)
+        losses = tuple(heldout_loss(each) for each in seeds_of(study, arm) if is_done(each))
+        found.setdefault(study.recipe(arm).optimizer.decay_share, {})[arm.learning_rate] = Spread(losses)
     return found
 
 

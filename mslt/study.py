@@ -3,15 +3,18 @@ and equal time. It plans runs and starts them; every run is an ordinary one and 
 
 1. A step of every stage of every schedule is timed, all in turns; equal time is as many steps as take, by these
    figures, what the baseline's take. (So it does not matter what else the machine does while the runs train.)
-2. Every schedule trains for equal time at every learning rate with the first seed; the best held-out loss wins. Where
-   that is the lowest or highest rate, the next by the same factor is tried, too, until the best lies between others.
-   All of that again with each other of the study's decay shares.
-3. With what won: the other seeds for equal time, and all seeds for equal steps.
+2. Every schedule trains for equal time at every learning rate with the first seed. Where the best held-out loss is at
+   the lowest or highest rate, the next by the same factor is tried, too, until the best lies between others. All of
+   that again with each other of the study's decay shares.
+3. The rate and decay share that lead get the other seeds. Where their mean then falls behind another's, that gets them,
+   until what leads has all: a rate at which one seed in three does not train is no good one.
+4. With what won: all seeds for equal steps.
 """
 
 import json
 import math
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -291,7 +294,8 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Arm]]:
-    """Run everything that is not done, and return the arms that count, by name: at the best rate of each schedule.
+    """Run everything that is not done, and return the arms that count, by name: at the best rate of each schedule, for
+    equal time and, of what costs otherwise than the baseline, for equal steps.
 
     MsltError where a run stops for another reason than that it diverges; what is done stays done.
     """
@@ -301,25 +305,43 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
         _run(study, "learning rates", [arm for arms in tuning.values() for arm in arms], train, num_at_once)
         if all(len(arms) == len(tuning_arms(study, name)) for name, arms in tuning.items()):
             break
-    chosen: dict[str, list[Arm]] = {}
-    for name, arms in tuning.items():
-        best = min(arms, key=heldout_loss)
-        if heldout_loss(best) == math.inf:
-            raise MsltError(f"study {study.folder}: {name} diverges at every learning rate; add lower ones")
-        # Equal steps are equal time for the baseline, and for what costs the same.
-        equals: tuple[Equal, ...] = ("time",) if best.steps == config.steps else ("time", "steps")
-        chosen[name] = [
-            study.arm(name, equal, best.learning_rate, seed, best.decay_share)
-            for equal in equals for seed in config.seeds
-        ]  # fmt: skip
-    _run(study, "equal time and equal steps", [a for arms in chosen.values() for a in arms], train, num_at_once)
-    return chosen
+    while True:
+        timed = {name: leading_arms(study, name) for name in config.schedules}
+        _run(study, "equal time", [arm for arms in timed.values() for arm in arms], train, num_at_once)
+        if all(arms == leading_arms(study, name) for name, arms in timed.items()):
+            break
+    stepped = {
+        name: [study.arm(name, "steps", a.learning_rate, a.seed, a.decay_share) for a in arms]
+        for name, arms in timed.items() if arms[0].steps != config.steps  # else equal steps are equal time
+    }  # fmt: skip
+    _run(study, "equal steps", [arm for arms in stepped.values() for arm in arms], train, num_at_once)
+    return {name: [*arms, *stepped.get(name, [])] for name, arms in timed.items()}
 
 
 def tuning_arms(study: Study, name: str) -> list[Arm]:
     """What a schedule's learning rate and decay share are chosen from: for each share, its own first, by rising
     rates."""
     return [arm for share in (None, *study.other_decay_shares(name)) for arm in _bracket(study, name, share)]
+
+
+def seeds_of(study: Study, tuned: Arm) -> list[Arm]:
+    """A tuning arm's setting with each of the study's seeds."""
+    return [
+        study.arm(tuned.name, tuned.equal, tuned.learning_rate, seed, tuned.decay_share) for seed in study.config.seeds
+    ]
+
+
+def leading_arms(study: Study, name: str) -> list[Arm]:
+    """Of the setting with the best mean over those seeds that are done, all seeds; where one diverges in each, of that
+    with the best first. MsltError where the first diverges in each."""
+
+    def rank(arms: list[Arm]) -> tuple[float, float]:
+        return statistics.fmean(heldout_loss(arm) for arm in arms if is_done(arm)), heldout_loss(arms[0])
+
+    best = min((seeds_of(study, arm) for arm in tuning_arms(study, name)), key=rank)
+    if heldout_loss(best[0]) == math.inf:
+        raise MsltError(f"study {study.folder}: {name} diverges at every learning rate; add lower ones")
+    return best
 
 
 def _bracket(study: Study, name: str, decay_share: float | None) -> list[Arm]:
@@ -330,7 +352,7 @@ def _bracket(study: Study, name: str, decay_share: float | None) -> list[Arm]:
         return study.arm(name, "time", rate, study.config.seeds[0], decay_share)
 
     arms = [arm(rate) for rate in sorted(study.config.learning_rates)]
-    while len(arms) > 1 and all(map(_is_done, arms)):
+    while len(arms) > 1 and all(map(is_done, arms)):
         losses = [heldout_loss(each) for each in arms]
         best = losses.index(min(losses))
         if min(losses) == math.inf or 0 < best < len(arms) - 1:
@@ -344,7 +366,7 @@ def heldout_loss(arm: Arm) -> float:
     """Held-out MLM loss at the end of a run, in nats; infinite where it diverged. MsltError for what is not done, and
     for a run of other steps."""
     run = RunDir(arm.run)
-    if not _is_done(arm):
+    if not is_done(arm):
         raise MsltError(f"{arm.run}: is not done")
     plan = read_plan(run)
     if plan.steps != arm.steps:
@@ -357,14 +379,14 @@ def heldout_loss(arm: Arm) -> float:
     return float(summary["evaluation_after"]["mlm_loss"])
 
 
-def _is_done(arm: Arm) -> bool:
+def is_done(arm: Arm) -> bool:
     run = RunDir(arm.run)
     return run.diverged.exists() or (run.plan.exists() and run.first_unfinished(read_plan(run)) is None)
 
 
 def _run(study: Study, what: str, arms: list[Arm], train: Train, num_at_once: int) -> None:
     """Train what is not done of the arms. After the first failure no other starts."""
-    waiting = [arm for arm in arms if not _is_done(arm)]
+    waiting = [arm for arm in arms if not is_done(arm)]
     hours = study.total_s(waiting) / num_at_once / 3600
     said = f"{what}: {len(arms)} runs, {len(arms) - len(waiting)} done; the others take about {hours:.1f} h of training"
     print(said, file=sys.stderr, flush=True)
@@ -386,5 +408,5 @@ def _train(study: Study, arm: Arm, train: Train) -> None:
     recipe, log = (arm.run.parent / f"{arm.run.name}.{ending}" for ending in ("yaml", "log"))
     write_text(recipe, yaml.safe_dump(study.recipe(arm).model_dump(mode="json"), sort_keys=False))
     train(recipe, arm.run, log)
-    if not _is_done(arm):
+    if not is_done(arm):
         raise MsltError(f"{arm.run}: stopped before its end; {log} says why. The same command goes on")

@@ -1,7 +1,6 @@
 """`mslt probe`: what each layer knows."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -106,14 +105,14 @@ def senteval(
         found[planned.checkpoint.name] = results
         _finish_checkpoint(planned.checkpoint, settings.protocol, planned.folder, results, as_json)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(_without_answers(found), indent=2))
 
 
 def _finish_checkpoint(
     checkpoint: "Checkpoint", title: str, folder: Path, results: list[dict[str, Any]], as_json: bool
 ) -> None:
     """Print the table, and draw it."""
-    from mslt.report.probing import accuracy_map, best_layer, columns, probed_alike
+    from mslt.report.probing import best_layer, columns
 
     if not as_json:
         depth = max(len(result["accuracy"]) for result in results)
@@ -134,7 +133,7 @@ def _finish_checkpoint(
         cut = sum(result["num_cut"] for result in results)
         if cut:
             typer.echo(f"{cut:,} sentences were cut to {results[0]['settings']['max_tokens']} tokens")
-    _draw(lambda: accuracy_map(f"{checkpoint.name}: {title}, %", probed_alike(folder, results[0])), folder, as_json)
+    _draw(f"{checkpoint.name}: {title}, %", folder, results[0], as_json)
 
 
 @app.command(
@@ -171,7 +170,7 @@ def mlm(
     from mslt.evaluate.mlm_probe import FOLDER, Settings, plan_mlm, probe_mlm
     from mslt.evaluate.passages import read_passages
     from mslt.evaluate.senteval import checkpoints_of
-    from mslt.report.probing import accuracy_map, columns
+    from mslt.report.probing import columns
 
     for each in dropout or ():
         if not 0 <= each <= 1:
@@ -203,9 +202,9 @@ def mlm(
             typer.echo(f"{results[0]['tokens']:,} held-out tokens, of which the commonest is "
                        f"{results[0]['majority']:.1%}; {results[0]['trainable_per_layer']:,} trained parameters a "
                        "layer")  # fmt: skip
-        _draw(partial(accuracy_map, title, {each["task"]: each for each in results}), folder, as_json)
+        _draw(title, folder, results[0], as_json)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(_without_answers(found), indent=2))
 
 
 @app.command(
@@ -331,6 +330,13 @@ def compare(
         typer.echo(brackets)
 
 
+def _without_answers(found: Any) -> Any:
+    """Without what was `right`, row by row, which is for comparing files."""
+    if isinstance(found, dict):
+        return {name: _without_answers(value) for name, value in found.items() if name not in ("right", "asked")}
+    return [_without_answers(each) for each in found] if isinstance(found, list) else found
+
+
 def _written(value: float, in_brackets: bool, differs: bool) -> str:
     if value != value:
         return "–"
@@ -391,12 +397,13 @@ def tables(
     typer.echo(f"{VERDICT} Layers count from 0. Ours: mean ± standard deviation over the seeds of the best setting.")
 
 
-def _draw(make: "Callable[[], HeatMap]", folder: Path, as_json: bool) -> None:
-    """Beside the results, where another process may end at the same time: what is there is read when it is its turn."""
+def _draw(title: str, folder: Path, like: dict[str, Any], as_json: bool) -> None:
+    """All results in the folder that are like this one, where another process may end at the same time."""
     from mslt.files import lock_alone
+    from mslt.report.probing import accuracy_map, probed_alike
 
     with lock_alone(folder.parent / ".heatmap.lock", None):
-        _write([make()], folder, "heatmap", as_json)
+        _write([accuracy_map(title, probed_alike(folder, like))], folder, "heatmap", as_json)
 
 
 def _write(

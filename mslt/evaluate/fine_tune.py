@@ -34,7 +34,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Part:
-    """What trains by itself in a pass that it shares: at its own rate, its gradients clipped apart."""
+    """What trains at its own rate, and is clipped by its own norm, in a pass that it shares."""
 
     module: nn.Module
     learning_rate: float
@@ -50,7 +50,7 @@ def fine_tune(
 ) -> Iterator[float]:
     """Train in place, on the device the model is on; yields the number of epochs done, after each or, with `looks`, so
     many times in each. `collate` makes a batch with labels. The order of rows and dropout are keyed by the seed.
-    `parts` of the model train each by itself, where the loss is the sum of theirs; without them the whole."""
+    `parts` of the model have their own rates and norms; without them the whole has one."""
     groups, clipped = [], []
     for part in parts or [Part(model, settings.learning_rate)]:
         decays = [p for p in part.module.parameters() if p.requires_grad and p.ndim > 1]

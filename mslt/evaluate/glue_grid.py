@@ -55,7 +55,6 @@ def run_glue(
         "max_train_rows": source.max_train_rows,
         "new_pooler": source.new_pooler,
         "objective": None if source.objective is None else asdict(source.objective),
-        "grown": grown_from(source.checkpoint),
     }
     _claim(folder, settings, {name: rows_sha256 for name, (_, rows_sha256) in data.items()}, cells)
 
@@ -65,7 +64,7 @@ def run_glue(
     jobs = [_job(folder, "cells", source, cell, costs, keeps and cell.task in alone) for cell in cells]
     run_jobs(jobs, run_cell, devices, tell)
     with lock_alone(folder / ".lock", None):
-        found = _merged(folder, summary(preset_name, preset, cells, folder), settings)
+        found = _merged(folder, summary(preset_name, preset, cells, folder), settings, grown_from(source.checkpoint))
         write_json(folder / "results.json", found)
     medians = [median_cell(cells, name, found["tasks"][name]) for name in tasks if found["tasks"][name]["best"]]
     if keeps:
@@ -146,14 +145,16 @@ def _refuse_failed(jobs: Sequence[Job]) -> None:
                         "submitted; the same command tries them again")  # fmt: skip
 
 
-def _merged(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _merged(
+    folder: Path, found: dict[str, Any], settings: dict[str, Any], grown: dict[str, Any] | None
+) -> dict[str, Any]:
     """With the tasks of earlier grids in this folder."""
     file = folder / "results.json"
     tasks = {**(json.loads(file.read_text())["tasks"] if file.exists() else {}), **found["tasks"]}
     tasks = {name: tasks[name] for name in TASKS if name in tasks}
     whole = all(entry["best"] is not None and not entry["failed"] for entry in tasks.values())
     average = statistics.fmean(entry["median"] for entry in tasks.values()) if whole else None
-    return {**found, "settings": settings, "tasks": tasks, "average": average}
+    return {**found, "settings": settings, "grown": grown, "tasks": tasks, "average": average}
 
 
 def summary(preset_name: str, preset: Preset, cells: Sequence[Cell], folder: Path) -> dict[str, Any]:

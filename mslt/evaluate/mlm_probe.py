@@ -1,7 +1,8 @@
 """Can the input word be read back? An MLM head on each frozen hidden state, trained where words are half hidden, and
 asked where nothing is ("The convexity of BERT", figure 4).
 
-B batch, T tokens, D width, E width of the word embeddings, M chosen tokens, L hidden states (layers + 1), V vocabulary.
+B batch, T tokens, D width, E width of the word embeddings, M chosen tokens, L hidden states (layers + 1), V vocabulary,
+P held-out passages.
 """
 
 from collections import Counter
@@ -27,7 +28,7 @@ from mslt.evaluate.opening import (
     tokenizer_digest,
 )
 from mslt.evaluate.positions import refuse_over_positions
-from mslt.evaluate.result import finished
+from mslt.evaluate.result import FORMAT, finished
 from mslt.files import canonical_json, sha256_text, write_json
 from mslt.heads.mlm_head import new_mlm_head, without_components
 from mslt.models import families
@@ -59,10 +60,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids, with special tokens, of at most so many tokens each; `is_special_V` marks those."""
+    """Token ids, with special tokens, of at most so many tokens each; `is_special_V` marks those. `passage_of` numbers
+    the passages that the held-out windows are of."""
 
     train: list[list[int]]
     heldout: list[list[int]]
+    passage_of: list[int]
     is_special_V: np.ndarray
     pad_id: int
 
@@ -75,19 +78,20 @@ def cut_windows(tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], set
                         "as a fast one")  # fmt: skip
     is_heldout = keyed.uniform(settings.seed, "heldout_passage", np.arange(len(passages))) < settings.heldout_share
     special = set(tokenizer.all_special_ids)  # and so what no entry stands for
-    parts: dict[bool, list[list[int]]] = {}
-    for which in (False, True):
+    parts: dict[bool, list[tuple[list[int], int]]] = {False: [], True: []}
+    for which, found in parts.items():
         texts = [text for text, held in zip(passages, is_heldout.tolist(), strict=True) if held == which]
-        cut = tokenizer(
-            texts, truncation=True, max_length=settings.max_tokens, return_overflowing_tokens=True
-        )["input_ids"] if texts else []  # fmt: skip
-        parts[which] = [ids for ids in cut if not special.issuperset(ids)]
+        if texts:
+            cut = tokenizer(texts, truncation=True, max_length=settings.max_tokens, return_overflowing_tokens=True)
+            windows = zip(cut["input_ids"], cut["overflow_to_sample_mapping"], strict=True)
+            found += [(ids, passage) for ids, passage in windows if not special.issuperset(ids)]
     if not all(parts.values()):
         raise MsltError(f"--text: {len(passages)} passages are too few to train on some and hold out others, or hold "
                         "no word that the tokenizer knows; give more")  # fmt: skip
-    is_special_V = np.zeros(max(len(tokenizer), max(map(max, parts[False])) + 1), bool)
+    train, (heldout, passage_of) = [ids for ids, _ in parts[False]], zip(*parts[True], strict=True)
+    is_special_V = np.zeros(max(len(tokenizer), max(map(max, train)) + 1), bool)
     is_special_V[list(special)] = True
-    return Windows(parts[False], parts[True], is_special_V, tokenizer.pad_token_id)
+    return Windows(train, list(heldout), list(passage_of), is_special_V, tokenizer.pad_token_id)
 
 
 def padded(windows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,14 +172,17 @@ def _batches(windows: Sequence[list[int]], settings: Settings) -> Iterator[list[
 def head_answers(
     model: PreTrainedModel, heads: nn.ModuleList, windows: Windows, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """In how many of a held-out window's tokens a head's first choice is what stands there, nothing hidden, [L, W]; and
-    how many these are that are not special, [W]. The shortest windows come first."""
+    """For how many of a held-out passage's tokens a head's first choice is what stands there, nothing hidden, [L, P];
+    and how many of its tokens are not special, [P]."""
     words_VE = families.words_of(model).weight
-    right_LW, asked_W = [], []
-    order = sorted(windows.heldout, key=len)
+    num_passages = max(windows.passage_of) + 1
+    right_LP, asked_P = torch.zeros(len(heads), num_passages, dtype=torch.int64), torch.zeros(num_passages).long()
+    order = sorted(range(len(windows.heldout)), key=lambda index: len(windows.heldout[index]))
     is_special_V = torch.from_numpy(windows.is_special_V)
     for first in range(0, len(order), batch_size):
-        ids_BT, mask_BT = padded(order[first : first + batch_size], windows.pad_id)
+        indices = order[first : first + batch_size]
+        ids_BT, mask_BT = padded([windows.heldout[index] for index in indices], windows.pad_id)
+        passage_B = torch.tensor([windows.passage_of[index] for index in indices])
         asked_BT = (mask_BT.bool() & ~is_special_V[ids_BT]).to(model.device)
         ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
         labels_M = ids_BT[asked_BT]
@@ -183,9 +190,10 @@ def head_answers(
         for k, h_BTD in iter_hidden(model, ids_BT, None, mask_BT):
             chosen = [heads[k](h_MD, words_VE).argmax(-1) for h_MD in h_BTD[asked_BT].split(SCORED_TOKENS)]
             right_LBT[k, asked_BT] = torch.cat(chosen) == labels_M
-        right_LW.append(right_LBT.sum(-1).cpu())
-        asked_W.append(asked_BT.sum(-1).cpu())
-    return torch.cat(right_LW, 1).numpy(), torch.cat(asked_W).numpy()
+        right_LP.index_add_(1, passage_B, right_LBT.sum(-1).cpu())
+        asked_P.index_add_(0, passage_B, asked_BT.sum(-1).cpu())
+    has_any_P = asked_P > 0
+    return right_LP[:, has_any_P].numpy(), asked_P[has_any_P].numpy()
 
 
 def open_frozen(source: str, device: torch.device) -> PreTrainedModel:
@@ -237,7 +245,7 @@ def plan_mlm(source: str, passages: Sequence[str], settings: Settings, folder: P
     refuse_over_positions(config, source, settings.max_tokens, "--max-tokens")
     if not 0 <= settings.dropout <= 1:
         raise MsltError(f"--dropout {settings.dropout}: is a probability; give 0 to 1")
-    described = {"checkpoint": digest(source), "tokenizer": tokenizer_digest(tokenizer),
+    described = {"format": FORMAT, "checkpoint": digest(source), "tokenizer": tokenizer_digest(tokenizer),
                  "text": sha256_text(canonical_json(list(passages))), **asdict(settings)}  # fmt: skip
     path = folder / f"dropout={settings.dropout:g}.json"
     before = finished(path, described)
@@ -254,17 +262,19 @@ def probe_mlm(planned: Planned, device: torch.device, progress: Callable[[int, i
     model = open_frozen(source, device)
     heads = heads_for(model, source, settings)
     train_heads(model, heads, windows, settings, progress)
-    right_LW, asked_W = head_answers(model, heads, windows, settings.batch_size)
-    intervals = [clustered(right_W, asked_W) for right_W in right_LW]
+    right_LP, asked_P = head_answers(model, heads, windows, settings.batch_size)
+    intervals = [clustered(right_P, asked_P) for right_P in right_LP]
     result = {
         "settings": planned.described,
         "checkpoint": source,
         "task": f"dropout {settings.dropout:g}",
-        "accuracy": (right_LW.sum(1) / asked_W.sum()).tolist(),
+        "accuracy": (right_LP.sum(1) / asked_P.sum()).tolist(),
         "low": [low for low, _ in intervals],
         "high": [high for _, high in intervals],
         "majority": _commonest_share(windows),
-        "tokens": int(asked_W.sum()),
+        "tokens": int(asked_P.sum()),
+        "asked": asked_P.tolist(),
+        "right": right_LP.tolist(),
         "windows": {"train": len(windows.train), "heldout": len(windows.heldout)},
         "trainable_per_layer": num_parameters(heads[0]),
         "provenance": provenance(),

@@ -26,8 +26,7 @@ from mslt.models.loss import head_sums
 class MultiObjective:
     """`mlm_share` is the probability of a sample to go to the words, `mlm_weight` that of their loss (λ). What the
     paper does not give has our defaults; `dropout` and `chosen_share` are those of its probe. `extra_layer` begins
-    as a copy of the last. A head that is drawn learns at a rate of its own, the probe's: at the encoder's it would
-    hardly read anything by the end."""
+    as a copy of the last. A head that is drawn learns at a rate of its own, that of its probe."""
 
     extra_layer: bool = False
     head: HeadInit = "pretrained"

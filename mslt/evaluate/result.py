@@ -8,6 +8,8 @@ from typing import Any
 
 from mslt.errors import MsltError
 
+FORMAT = 2  # of a probe's result, in its settings: 1 did not say which rows were right
+
 
 def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result at `path`, None where there is none. MsltError where it is of other settings, or no result."""

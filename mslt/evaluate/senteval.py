@@ -30,7 +30,7 @@ from mslt.evaluate.opening import (
 from mslt.evaluate.positions import refuse_over_positions
 from mslt.evaluate.probe_features import open_features, standardized, write_features
 from mslt.evaluate.probe_tasks import TASKS, ProbeRows
-from mslt.evaluate.result import finished
+from mslt.evaluate.result import FORMAT, finished
 from mslt.files import canonical_json, lock_alone, sha256_text, write_json
 from mslt.heads.layer_probe import Features, ProbeTraining, train_probes
 from mslt.heads.off_ramp import Pooling
@@ -101,7 +101,7 @@ def checkpoints_of(arguments: Sequence[str], all_stages: bool = False) -> list[C
         else:
             source, origin = locate(argument)
             path = Path(source).resolve() if Path(source).is_dir() else Path(source)
-            found.append(Checkpoint(_folder_name(path) if origin is None else _stage_name(*origin), source))
+            found.append(Checkpoint(_folder_name(path), source) if origin is None else _of_stage(*origin))
     by_name: dict[str, str] = {}
     for each in found:
         if by_name.setdefault(each.name, each.source) != each.source:
@@ -114,12 +114,8 @@ def _folder_name(path: Path) -> str:
     return "-".join(part for part in path.parts[-2:] if part != path.anchor)
 
 
-def _stage_name(run: RunDir, index: int) -> str:
-    return f"{run.path.resolve().name}-stage-{index + 1}"
-
-
 def _of_stage(run: RunDir, index: int) -> Checkpoint:
-    plan, name = read_plan(run), _stage_name(run, index)
+    plan, name = read_plan(run), f"{run.path.resolve().name}-stage-{index + 1}"
     stage = plan.stages[index]
     title = f"{name}: {stage.depth} layers, step {plan.first_step(index) + stage.steps:,}"
     num_frozen = 1 + lowest_graph_layer(stage.trainable, stage.depth)
@@ -144,7 +140,7 @@ def plan_checkpoint(checkpoint: Checkpoint, data: dict[str, ProbeRows], settings
     tokenizer = open_fitting_tokenizer(config, checkpoint.source)
     max_tokens = settings.max_tokens or min(MAX_TOKENS, families.num_positions(config))
     refuse_over_positions(config, checkpoint.source, max_tokens, "--max-tokens")
-    common = {"checkpoint": digest(checkpoint.source), "tokenizer": tokenizer_digest(tokenizer),
+    common = {"format": FORMAT, "checkpoint": digest(checkpoint.source), "tokenizer": tokenizer_digest(tokenizer),
               **asdict(settings), "max_tokens": max_tokens}  # fmt: skip
     if settings.classifier == "logistic":
         common["repetitions"] = 1  # all others would be the same

@@ -60,11 +60,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Probed:
-    """Of the probe that was best on dev, [K, L] each: accuracy on dev and test, its strength of L2, the epochs until it
+    """Of the probe that was best on dev, [K, L] each: its accuracy there, its strength of L2, the epochs until it
     ended; and which test rows it had right, [K, L, R]."""
 
     dev: torch.Tensor
-    test: torch.Tensor
     l2: torch.Tensor
     epochs: torch.Tensor
     right: torch.Tensor
@@ -125,9 +124,7 @@ def train_probes(
 
     right_LKSR = right_LGR.view(L, K, S, -1)
     right_KLR = right_LKSR.take_along_dim(best_LK1[..., None], 2)[:, :, 0].transpose(0, 1).cpu()
-    return Probed(
-        of_best(dev_LG), right_KLR.float().mean(-1), of_best(l2_G.expand(L, -1)), of_best(epochs_LG), right_KLR
-    )
+    return Probed(of_best(dev_LG), of_best(l2_G.expand(L, -1)), of_best(epochs_LG), right_KLR)
 
 
 def initial_weights(width: int, num_classes: int, num_hidden: int, seed: int) -> list[torch.Tensor]:
@@ -157,7 +154,8 @@ def _read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What probes read of these rows, [L, B, D], and their labels [L, G, B]."""
     labels_KB = labels_KR[:, torch.from_numpy(rows).to(labels_KR.device)]
-    return features.of(rows).transpose(0, 1)[layer_L], labels_KB[set_LG]
+    x_LBD = features.of(rows).transpose(0, 1)
+    return x_LBD if len(layer_L) == len(x_LBD) else x_LBD[layer_L], labels_KB[set_LG]
 
 
 def _train_epoch(
@@ -177,6 +175,7 @@ def _train_epoch(
             # What Adam's weight_decay does; the fused one takes it for laid out as the weights are.
             weight.grad = gradient.contiguous().addcmul_(weight.detach(), l2)
         optimizer.step()
+        optimizer.zero_grad()  # no second set of them beside the next pass's
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ Columns are hidden states: 0 the embedding output, k+1 the output of layer k. Pe
 import json
 import math
 from contextlib import suppress
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,12 @@ def read_results(folder: Path, command: str, checkpoint: str) -> Results:
 
 
 def probed_alike(folder: Path, result: dict[str, Any]) -> Results:
-    """The tasks there that were probed as this result was; a file that is no such result is passed over."""
+    """The tasks there, or dropout ratios, that were probed as this result was; a file that is no such result is passed
+    over."""
 
     def how(settings: dict[str, Any]) -> dict[str, Any]:
+        if "text" in settings:
+            return {**settings, "dropout": None}
         search = {name: value for name, value in settings["search"].items() if name != "num_hidden"}  # a task's own
         return {**settings, "task": None, "rows": None, "search": search}
 
@@ -62,8 +64,8 @@ def accuracy_map(title: str, results: Results) -> HeatMap:
 
 
 def difference_map(named: tuple[str, Results], base_named: tuple[str, Results]) -> HeatMap:
-    """Tasks × hidden states, the first minus the second, and what the interval of their paired test rows does not tell
-    from 0 in brackets. MsltError where they have other layers, no task in common, or were not probed alike."""
+    """Tasks × hidden states, the first minus the second, and what their paired interval does not tell from 0 in
+    brackets. MsltError where they have other layers, no task in common, or were not probed alike."""
     (name, results), (base_name, base) = named, base_named
     tasks = [task for task in base if task in results]
     if not tasks:
@@ -78,20 +80,31 @@ def difference_map(named: tuple[str, Results], base_named: tuple[str, Results]) 
         [100 * (here - there) for here, there in zip(results[task]["accuracy"], base[task]["accuracy"], strict=True)]
         for task in tasks
     ]
-    title, names = f"{name} − {base_name}, points", columns(depths.pop())
-    if any("text" in base[task]["settings"] for task in tasks):  # of words read back no rows are kept
-        return HeatMap(title, tasks, names, values)
-    intervals = [
-        list(starmap(paired, zip(_right_share(results[task]), _right_share(base[task]), strict=True))) for task in tasks
-    ]
+    intervals = [difference_intervals(results[task], base[task]) for task in tasks]
     is_unsure = [[low <= 0 <= high for low, high in line] for line in intervals]
-    return HeatMap(title, tasks, names, values, intervals, is_unsure)
+    title = f"{name} − {base_name}, points"
+    return HeatMap(title, tasks, columns(depths.pop()), values, intervals, is_unsure)
 
 
-def _right_share(result: dict[str, Any]) -> np.ndarray:
-    """[L, R]: in how many of the repetitions a test row was right, percent."""
-    num_rows = result["rows"]["te"]
-    return 100 * np.mean([[unpacked(text, num_rows) for text in run["right"]] for run in result["runs"]], 0)
+def difference_intervals(result: dict[str, Any], base: dict[str, Any]) -> list[tuple[float, float]]:
+    """[L] of the first minus the second, points. MsltError where what is right in them is damaged."""
+    (ours_LSU, asked_U), (theirs_LSU, _) = _right(result), _right(base)
+    both = (paired(ours_SU, theirs_SU, asked_U) for ours_SU, theirs_SU in zip(ours_LSU, theirs_LSU, strict=True))
+    return [(100 * low, 100 * high) for low, high in both]
+
+
+def _right(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """How much was right of each unit, [L, S, U], in each of S repetitions, and how much was asked of it [U]: a unit is
+    a test row of a task, or a passage whose words are read back."""
+    try:
+        if "asked" in result:
+            return np.array(result["right"])[:, None], np.array(result["asked"])
+        num_rows = result["rows"]["te"]
+        right_SLU = np.array([[unpacked(text, num_rows) for text in run["right"]] for run in result["runs"]])
+        return right_SLU.swapaxes(0, 1), np.ones(num_rows, dtype=int)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MsltError(f"{result['task']}: which answers of {result['checkpoint']} were right is damaged ({error!r}); "
+                        "move its results away, and probe it again") from None  # fmt: skip
 
 
 def side_by_side(named: dict[str, Results], num_frozen: dict[str, int]) -> list[HeatMap]:

@@ -16,7 +16,7 @@ METHODS = tuple(dict.fromkeys(row.method for rows in paper.SURGERY.values() for 
 # Of one checkpoint, which surgery alters: what `objective` of their settings is of, None where there is none.
 OBJECTIVES = {"plain": None, "multi-objective": "masked words", "extra-layer": "masked words with an extra layer"}
 LABELS = "labels alone"
-SURGERIES = ("copy", "drop")  # what `grown` of their settings is of
+SURGERIES = ("copy", "drop")  # of what `mslt grow` made of it
 VERDICT = "In the paper no method beats plain fine-tuning on the average of the four tasks."
 
 
@@ -53,13 +53,13 @@ class SurgeryTable:
 def read_methods(folders: dict[str, Path]) -> dict[str, Method]:
     """MsltError for a folder without results, of other headlines than the paper's, or of another method; and where
     methods were not fine-tuned alike, or not from one checkpoint, which surgery altered."""
-    read: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    read: dict[str, dict[str, Any]] = {}
     for method, folder in folders.items():
         try:
             results = json.loads((folder / "results.json").read_text())
-            tasks, settings = results["tasks"], results["settings"]
-            _ = settings["checkpoint"], settings["max_train_rows"]
-            objective = _objective(settings)
+            settings = results["settings"]
+            _ = results["tasks"], settings["checkpoint"], settings["max_train_rows"]
+            objective, surgery = _objective(settings), _surgery(results)
         except (OSError, ValueError, KeyError, TypeError):
             raise MsltError(f"{method}={folder}: holds no results.json of `mslt evaluate glue`; run it first, with "
                             "--preset convexity") from None  # fmt: skip
@@ -67,44 +67,46 @@ def read_methods(folders: dict[str, Path]) -> dict[str, Method]:
         if objective != wanted:
             raise MsltError(f"{method}={folder}: was fine-tuned on {objective or LABELS}, not on {wanted or LABELS}; "
                             "name the folder of this method's")  # fmt: skip
-        if method in SURGERIES and settings.get("grown") is None:
-            raise MsltError(f"{method}={folder}: is of a checkpoint that no `mslt grow` made; fine-tune what it writes")
-        read[method] = tasks, settings
-    _refuse_unlike(folders, {method: settings for method, (_, settings) in read.items()})
+        if method in SURGERIES and surgery != method:
+            is_of = f"one with a {surgery}" if surgery else "none of which it is told what `mslt grow` did to it"
+            raise MsltError(f"{method}={folder}: is not of a checkpoint with a {method}, but {is_of}; fine-tune what "
+                            "`mslt grow` writes today")  # fmt: skip
+        read[method] = results
+    _refuse_unlike(folders, read)
     found: dict[str, Method] = {}
     done: dict[str, tuple[str, Any]] = {}
-    for method, (tasks, settings) in read.items():
+    for method, results in read.items():
         means = {}
         for task in paper.SURGERY_TASKS:
-            entry = tasks.get(task)
+            entry = results["tasks"].get(task)
             if entry is None or entry["best"] is None:
                 continue
             headline = PRESETS["convexity"].headline(task)
             if entry["headline"] != headline:
                 raise MsltError(f"{method}={folders[method]}: {task} is headed by {entry['headline']}, in the paper by "
                                 f"{headline}; fine-tune with --preset convexity")  # fmt: skip
-            how = entry["protocol"], settings["max_train_rows"]
+            how = entry["protocol"], results["settings"]["max_train_rows"]
             first, as_first = done.setdefault(task, (method, how))
             if how != as_first:
                 raise MsltError(f"{method}={folders[method]}: {task} was fine-tuned otherwise than {first}'s; give "
                                 "`mslt evaluate glue` the same options for all")  # fmt: skip
             deviation = None if entry["deviation"] is None else 100 * entry["deviation"]
             means[task] = Mean(100 * entry["mean"], deviation, len(entry["headlines"]))
-        layers = sources_in_words(tuple(settings["grown"]["layers"])) if method in SURGERIES else None
+        layers = sources_in_words(tuple(results["grown"]["layers"])) if method in SURGERIES else None
         found[method] = Method(means, layers)
     return found
 
 
-def _refuse_unlike(folders: dict[str, Path], settings: dict[str, dict[str, Any]]) -> None:
+def _refuse_unlike(folders: dict[str, Path], read: dict[str, dict[str, Any]]) -> None:
     """MsltError where methods begin from unlike checkpoints, or second objectives differ in more than the layer."""
     begun: dict[str, Any] = {}  # method → the digest of what surgery altered, or of the checkpoint as it is
     masked: dict[str, Any] = {}
-    for method, each in settings.items():
-        first = next(iter(begun), method)
-        begun[method] = each["grown"]["parent"] if method in SURGERIES else each["checkpoint"]
+    for method, results in read.items():
+        first, each = next(iter(begun), method), results["settings"]
+        begun[method] = results["grown"]["parent"] if method in SURGERIES else each["checkpoint"]
         if begun[method] != begun[first]:
             raise MsltError(f"{method}={folders[method]}: begins from another checkpoint than {first}'s; begin all "
-                            "from one, or from what `mslt grow` made of it")  # fmt: skip
+                            "from one folder (its name on the hub is another), or what `mslt grow` made")  # fmt: skip
         if each.get("objective") is not None:
             first = next(iter(masked), method)
             masked[method] = {**each["objective"], "extra_layer": None}
@@ -142,6 +144,17 @@ def _objective(settings: dict[str, Any]) -> str | None:
     if given is None:
         return None
     return OBJECTIVES["extra-layer" if given["extra_layer"] else "multi-objective"]
+
+
+def _surgery(results: dict[str, Any]) -> str | None:
+    """What was done to the checkpoint's layers, None where that is none of the paper's."""
+    grown = results.get("grown")  # results of before do not say it
+    if grown is None:
+        return None
+    layers = grown["layers"]
+    if len(set(layers)) < len(layers):
+        return "copy"
+    return "drop" if layers == list(range(len(layers))) else None
 
 
 def _average(scores: dict[str, Mean]) -> dict[str, Mean]:

@@ -41,12 +41,11 @@ def test_probes_are_sentevals(data: tuple[Features, torch.Tensor], num_hidden: i
     for k in range(L):
         x_RD = features.rows_RLD[:, k].float()
         found = {l2: one_alone(x_RD, labels_KR[0], SPLITS, C, training, l2, seed=3) for l2 in training.l2}
-        l2, (dev, test, epochs) = max(found.items(), key=lambda each: each[1][0])
+        l2, (dev, right, epochs) = max(found.items(), key=lambda each: each[1][0])
         assert together.dev[0, k].item() == pytest.approx(dev, abs=0.005)
-        assert together.test[0, k].item() == pytest.approx(test, abs=0.02)  # one row of 60
+        assert (together.right[0, k] != right).sum() <= 1, "row by row"
         assert together.l2[0, k].item() == pytest.approx(l2)
         assert abs(together.epochs[0, k].item() - epochs) <= 4
-    assert torch.equal(together.right.float().mean(-1), together.test)
 
 
 def test_a_probe_does_not_know_of_the_others(data: tuple[Features, torch.Tensor]) -> None:
@@ -57,13 +56,13 @@ def test_a_probe_does_not_know_of_the_others(data: tuple[Features, torch.Tensor]
         for of, labels_R in enumerate(labels_KR):
             part = Features(features.rows_RLD[:, k : k + 1], features.scale_LD[:1], features.shift_LD[:1])
             alone = train_probes(part, labels_R[None], SPLITS, C, training, seed=0)
-            for found in ("dev", "test", "l2", "epochs"):
+            for found in ("dev", "right", "l2", "epochs"):
                 assert torch.equal(getattr(alone, found)[0, 0], getattr(together, found)[of, k]), (found, of, k)
 
 
 def test_probes_know_what_is_there_and_nothing_else(data: tuple[Features, torch.Tensor]) -> None:
     found = train_probes(*data, SPLITS, C, ProbeTraining(l2=(1e-4,)), seed=0)
-    real, control = found.test.tolist()
+    real, control = found.right.float().mean(-1).tolist()
     assert real[-1] > 0.85
     assert all(share < 0.5 for share in (real[0], *control))
     assert (found.epochs <= 204).all()

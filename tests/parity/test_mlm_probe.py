@@ -12,6 +12,7 @@ from mslt.errors import MsltError
 from mslt.evaluate import mlm_probe
 from mslt.evaluate.mlm_probe import (
     Settings,
+    Windows,
     cut_windows,
     head_answers,
     heads_for,
@@ -53,10 +54,25 @@ def test_heads_learn_and_nothing_else_does(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     right, asked = head_answers(model, heads, windows, 8)
-    by_length = sorted(windows.heldout, key=len)
-    assert asked.tolist() == [sum(token >= len(SPECIAL) for token in window) for window in by_length]
+    assert asked.tolist() == [len(words) for words in heldout_words(windows)]
     assert ((right.sum(1) - untrained.sum(1)) > 0.3 * asked.sum()).all(), right
     assert (right == head_answers(model, heads, windows, 3)[0]).all(), "padding says nothing"
+
+
+def heldout_words(windows: Windows) -> list[list[int]]:
+    """The ids of each held-out passage, from all its windows."""
+    found: dict[int, list[int]] = {}
+    for window, passage in zip(windows.heldout, windows.passage_of, strict=True):
+        found.setdefault(passage, []).extend(token for token in window if token >= len(SPECIAL))
+    return [found[passage] for passage in sorted(found)]
+
+
+def test_windows_know_their_passage(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(str(write_encoder(tmp_path / "bert")))
+    wide, narrow = (cut_windows(tokenizer, passages(), replace(QUICK, max_tokens=tokens)) for tokens in (32, 8))
+    assert len(wide.heldout) == len(set(wide.passage_of))
+    assert len(narrow.heldout) > len(wide.heldout)
+    assert heldout_words(narrow) == heldout_words(wide)
 
 
 def test_the_papers_count_of_parameters() -> None:

@@ -77,6 +77,23 @@ def test_a_drawn_head_learns_at_its_own_rate(encoder: Path, head: str) -> None:
     assert max(much for name, much in moved.items() if not name.startswith("head.")) == pytest.approx(1e-4, rel=0.05)
 
 
+def test_classifier_layer_and_head_are_clipped_apart(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, batch = opened(encoder, extra_layer=True)
+    clipped: list[set[int]] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def counted(parameters: list[torch.Tensor], most: float) -> torch.Tensor:
+        clipped.append({id(parameter) for parameter in parameters})
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted)
+    rows = list(range(len(TEXTS)))
+    list(fine_tune(whole, rows, lambda rows: {name: tensor[rows] for name, tensor in batch.items()},
+                   FineTuning(1e-4, len(rows), 1, seed=0), whole.parts(1e-4)))  # fmt: skip
+    assert whole.extra is not None
+    assert clipped == [{id(p) for p in part.parameters()} for part in (whole.model, whole.extra, whole.head)]
+
+
 def test_the_loss_is_both_and_each_of_its_own_samples(encoder: Path) -> None:
     """Without any dropout: half of it by hand."""
     whole, batch = opened(encoder, dropout=1.0, chosen_share=1.0)
@@ -215,10 +232,11 @@ def entry(rates: list[float], headline: str = "accuracy") -> dict[str, Any]:
 
 def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None:
 
-    def write(name: str, task: dict[str, Any], **settings: Any) -> Path:
+    def write(name: str, task: dict[str, Any], grown: dict[str, Any] | None = None, **settings: Any) -> Path:
         (tmp_path / name).mkdir()
         settings = {"max_train_rows": None, "checkpoint": "c", **settings}
-        write_json(tmp_path / name / "results.json", {"tasks": {"MRPC": task}, "settings": settings})
+        results = {"tasks": {"MRPC": task}, "settings": settings, "grown": grown}
+        write_json(tmp_path / name / "results.json", results)
         return tmp_path / name
 
     grown = {"parent": "c", "layers": [0, 1, 1]}
@@ -231,8 +249,11 @@ def test_methods_are_held_against_each_other_alike_alone(tmp_path: Path) -> None
     for method, other, said in (
         ("copy", write("rates", entry([2e-5]), grown=grown), "MRPC was fine-tuned otherwise than plain's"),
         ("copy", write("rows", entry([1e-5]), grown=grown, max_train_rows=100), "was fine-tuned otherwise than plain"),
-        ("copy", write("not-grown", entry([1e-5])), "copy=.* is of a checkpoint that no `mslt grow` made"),
-        ("drop", write("of-another", entry([1e-5]), grown={**grown, "parent": "e"}), "another checkpoint than plain's"),
+        ("copy", write("not-grown", entry([1e-5])), "copy=.* is not of a checkpoint with a copy, but none of which"),
+        ("drop", copied, "is not of a checkpoint with a drop, but one with a copy; fine-tune what `mslt grow` writes"),
+        ("copy", write("short", entry([1e-5]), {**grown, "layers": [0, 1]}), "with a copy, but one with a drop"),
+        ("copy", write("upside-down", entry([1e-5]), {**grown, "layers": [1, 0]}), "with a copy, but none of which"),
+        ("copy", write("of-another", entry([1e-5]), {**grown, "parent": "e"}), "another checkpoint than plain's"),
         ("multi-objective", write("foreign", entry([1e-5]), checkpoint="e", objective=masked), "than plain's; begin"),
         ("plain", write("f1", entry([1e-5], "f1")), "MRPC is headed by f1, in the paper by accuracy"),
     ):

@@ -21,6 +21,13 @@ def test_values_stand_in_their_cells_readable_on_any_colour() -> None:
     pyplot.close()
 
 
+def test_what_is_said_of_a_cell_stands_about_its_value() -> None:
+    _, axes = pyplot.subplots()
+    heat_map(axes, np.array([[1.0, -2.0]]), ["a"], ["0", "1"], -2, 2, DIFFERENCE, "{:+.1f}", [[True, False]])
+    assert [text.get_text() for text in axes.texts] == ["(+1.0)", "-2.0"]
+    pyplot.close()
+
+
 def test_many_cells_have_no_numbers_unless_asked_for() -> None:
     _, axes = pyplot.subplots()
     names = [str(index) for index in range(14)]

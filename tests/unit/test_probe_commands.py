@@ -73,7 +73,10 @@ def test_a_search_knows_what_the_words_say(encoders: list[Path], data: Path, tmp
     other = printed("senteval", encoders[0], *options[:-1], tmp_path / "other", "--seed", 1)["e-one"][0]
     assert len({run["seed"] for result in (found, other) for run in result["runs"]}) == 4, "seed 1 is no part of seed 0"
     folder = tmp_path / "e-one/senteval-mean-mlp"
-    assert json.loads((folder / "Tense.json").read_text()) == found
+    written = json.loads((folder / "Tense.json").read_text())
+    for each in written["runs"]:
+        assert [unpacked(text, 40).mean() for text in each.pop("right")] == pytest.approx(each["accuracy"])
+    assert written == found, "but for which rows were right"
     assert sorted(path.name for path in folder.iterdir()) == ["Tense.json", "heatmap.csv", "heatmap.png"]
     assert not list(tmp_path.rglob("*.npy")), "gone when the task is done"
     assert Image.open(folder / "heatmap.png").width > 200
@@ -83,10 +86,12 @@ def test_what_is_done_is_not_done_again(
     encoders: list[Path], data: Path, probed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*encoders, "--data-dir", data, "--out", probed, "--pooling", "mean", *FAST]
-    before = printed("senteval", *options)
-    (probed / "e-one/senteval-mean-logistic/Tense.json").unlink()  # as if killed before it
+    command("senteval", *options)
+    file = probed / "e-one/senteval-mean-logistic/Tense.json"
+    before = json.loads(file.read_text())
+    file.unlink()  # as if killed before it
     done = []
-    monkeypatch.setattr(senteval, "_probe_task", lambda name, *rest: done.append(name) or before["e-one"][1])
+    monkeypatch.setattr(senteval, "_probe_task", lambda name, *rest: done.append(name) or before)
     command("senteval", *options)
     assert done == ["Tense"]
     with pytest.raises(MsltError, match=r"is the result of other settings \(seed 0, now 1\)"):
@@ -154,9 +159,8 @@ def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Pa
     row = other["rows"].index("BigramShift")
     assert other["values"][row] == pytest.approx(expected)
     for k, (low, high) in enumerate(other["intervals"][row]):
-        here, there = (unpacked(result["runs"][0]["right"][k], 40).astype(float) for result in (two, one))
-        assert here.mean() == pytest.approx(two["accuracy"][k])
-        assert (low, high) == pytest.approx(tuple(100 * end for end in paired(here, there)))
+        here, there = (unpacked(result["runs"][0]["right"][k], 40)[None] for result in (two, one))
+        assert (low, high) == pytest.approx(tuple(100 * end for end in paired(here, there, np.ones(40))))
         assert other["in_brackets"][row][k] == (low <= 0 <= high)
     assert itself["in_brackets"] == [[True] * 4] * 2
     said = command("compare", *encoders, *options).stdout
@@ -169,6 +173,35 @@ def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Pa
     assert rows[1]["in_brackets"] == str(int(other["in_brackets"][row][1]))
     assert float(rows[1]["value"]) == pytest.approx(expected[1])
     assert (rows[1]["row"], rows[1]["column"]) == ("BigramShift", "0")
+
+
+def test_repetitions_are_compared_by_their_mean(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    options = ["--pooling", "mean", "--repetitions", 2]
+    command("senteval", *encoders, "--data-dir", data, "--task", "BigramShift", *options, "--out", tmp_path)
+    compared = ["compare", *encoders, *options[:2], "--results", tmp_path, "--picture", tmp_path / "p.png"]
+    (found,) = printed(*compared)
+    files = [tmp_path / f"e-{name}/senteval-mean-mlp/BigramShift.json" for name in ("one", "other")]
+    base, other = (json.loads(file.read_text()) for file in files)
+    for k, (low, high) in enumerate(found["intervals"][0]):
+        right = [np.stack([unpacked(run["right"][k], 40) for run in result["runs"]]) for result in (other, base)]
+        assert (low, high) == pytest.approx(tuple(100 * end for end in paired(*right, np.ones(40))))
+        assert found["values"][0][k] == pytest.approx((low + high) / 2)
+    for damaged, said in ((other["runs"][0]["right"][0][:-4], "3 bytes are not 40"), ("?", "base64")):
+        other["runs"][0]["right"][0] = damaged
+        files[1].write_text(json.dumps(other))
+        with pytest.raises(MsltError, match=rf"BigramShift: which answers of .* is damaged .*{said}.*probe it again"):
+            command(*compared)
+
+
+def test_results_of_before_are_not_gone_on_with(encoders: list[Path], data: Path, tmp_path: Path) -> None:
+    options = ["senteval", encoders[0], "--data-dir", data, "--task", "Tense", *FAST, "--out", tmp_path]
+    command(*options)
+    file = tmp_path / "e-one/senteval-cls-logistic/Tense.json"
+    result = json.loads(file.read_text())
+    del result["settings"]["format"], result["runs"][0]["right"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(MsltError, match=r"is the result of other settings \(format None, now 2\); give another --out"):
+        command(*options)
 
 
 def test_results_of_another_checkpoint_are_not_shown(data: Path, tmp_path: Path) -> None:
@@ -261,7 +294,10 @@ def test_words_are_read_back_and_compared(encoders: list[Path], tmp_path: Path) 
     (difference,) = printed("compare", *encoders, "--probe", "mlm", "--results", tmp_path,
                             "--picture", tmp_path / "mlm.png")  # fmt: skip
     assert difference["rows"] == ["dropout 0.3", "dropout 0.9"]
-    assert difference["in_brackets"] is None, "its rows are not kept"
+    for low, high in (each for line in difference["intervals"] for each in line):
+        assert low <= high
+    with open(tmp_path / "e-one/mlm/heatmap.csv") as file:
+        assert {row["row"] for row in csv.DictReader(file)} == {"dropout 0.3", "dropout 0.9"}, "though 0.3 was last"
     with pytest.raises(MsltError, match=r"--dropout 1.5: is a probability"):
         command("mlm", encoders[0], "--text", text, "--dropout", 1.5)
     with pytest.raises(MsltError, match=r"--learning-rate -1.0: must be above 0 and below 1"):
@@ -294,8 +330,11 @@ def test_stages_of_runs_stand_side_by_side(data: Path, tmp_path: Path, tiny_plan
     steps = [sum(stage.steps for stage in tiny_plan.stages[:done]) for done in (1, 2)]
     titles = [f"stage-{n}: {tiny_plan.stages[n - 1].depth} layers, step {steps[n - 1]:,}" for n in (1, 2)]
     assert found["rows"] == [f"{name}-{title}" for name in ("grown", "full") for title in titles]
-    frozen = [sum(line) for line in found["in_brackets"]]
-    assert frozen == [0, 1 + int(tiny_plan.stages[1].trainable[0].removeprefix("layer."))] * 2
+    assert [sum(line) for line in found["in_brackets"]] == [0, 3] * 2, "emb, 0 and 1 are below layer 2, which trains"
+    assert tiny_plan.stages[1].trainable[0] == "layer.2"
+    (one,) = printed("compare", runs[0] / "stage-2", "--side-by-side", *FAST, "--picture", tmp_path / "p.png")
+    assert one["rows"] == found["rows"][1:2]
+    assert one["in_brackets"] == [[True] * 3 + [False] * 2]
     assert [sum(value is not None for value in line) for line in found["values"]] == [3, 5, 3, 5]
     with pytest.raises(MsltError, match="have 3 and 5 hidden states"):
         command("compare", runs[0] / "stage-1", runs[0] / "stage-2", *FAST, "--picture", tmp_path / "p.png")

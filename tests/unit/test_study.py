@@ -245,18 +245,20 @@ def test_what_is_done_and_what_it_will_take_is_said(
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert said.out == "", "stdout is the report's"
-    # Six of 720 s, two at once; one more; then two are done, two of 720 s are not and two of 480 s.
+    # Six of 720 s, two at once; one more; then two are done and two of 720 s are not; then two of 480 s.
     assert lines[0] == "learning rates: 6 runs, 0 done; the others take about 0.6 h of training"
     assert lines[2] == "2 of 6, full/time-0.02-0: 60 steps, held-out MLM 4.9000"
     assert lines[6] == f"6 of 6, mslt-k=2/time-0.04-0: 90 steps, held-out MLM {loss_of('mslt', 0.04, 0, 90):.4f}"
     assert lines[7] == "learning rates: 7 runs, 6 done; the others take about 0.1 h of training"
-    assert lines[9] == "equal time and equal steps: 6 runs, 2 done; the others take about 0.3 h of training"
-    assert lines[10] == "1 of 4, full/time-0.02-3: 60 steps, held-out MLM 4.9300"
-    assert len(lines) == 14
+    assert lines[9] == "equal time: 4 runs, 2 done; the others take about 0.2 h of training"
+    assert lines[10] == "1 of 2, full/time-0.02-3: 60 steps, held-out MLM 4.9300"
+    assert lines[12] == "equal steps: 2 runs, 0 done; the others take about 0.1 h of training"
+    assert len(lines) == 15
     run_study(study, stand_in.trainer(tmp_path), 2)
     assert [line.split(";")[0] for line in capsys.readouterr().err.splitlines()] == [
         "learning rates: 7 runs, 7 done",
-        "equal time and equal steps: 6 runs, 6 done",
+        "equal time: 4 runs, 4 done",
+        "equal steps: 2 runs, 2 done",
     ]
 
 
@@ -313,8 +315,9 @@ def test_the_record_of_a_study(tmp_path: Path, tiny_sections: dict[str, Any], mo
     full, grown = loss_of("full", 0.02, 0, 60), loss_of("mslt", 0.01, 0, 90)
     for beginning, loss in (("| full | 1 |", full), ("| full | 0.1 |", full + 0.2), ("| mslt k=2 | 1 |", grown),
                             ("| mslt k=2 | 0.1 |", grown - 0.2)):  # fmt: skip
-        (row,) = (line for line in lines if line.startswith(beginning) and "±" not in line)
-        assert f"| {loss:.3f} |" in row
+        (row,) = (line for line in lines if line.startswith(beginning))
+        chosen_one = loss in (full, grown - 0.2)
+        assert (f"| {loss + 0.015:.3f} ± 0.021 |" if chosen_one else f"| {loss:.3f} |") in row, "of both seeds, or one"
 
 
 def test_how_far_growing_throws_back_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +392,15 @@ def test_where_every_rate_diverges_lower_ones_are_asked_for(tmp_path: Path, tiny
     with pytest.raises(MsltError, match=r"mslt k=2 diverges at every learning rate; add lower ones"):
         run_study(study, stand_in.trainer(tmp_path), 2)
     assert sum(name.startswith("mslt") for name in calls(tmp_path)) == 2, "the tuning and no more"
+
+
+def test_a_rate_that_one_seed_cannot_bear_is_not_chosen(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
+    study = opened(tmp_path, tiny_sections)
+    (tmp_path / "fails.json").write_text(json.dumps({"full-0.02-3-60": "diverges"}))  # the first seed's best
+    chosen = run_study(study, stand_in.trainer(tmp_path), 2)
+    assert {(arm.learning_rate, arm.seed) for arm in chosen["full"]} == {(0.01, 0), (0.01, 3)}
+    assert calls(tmp_path)["mslt-0.02-3-90"] == 0, "what never leads costs one seed"
+    assert [one.learning_rate for one in findings(study, chosen)] == [0.01, 0.02]
 
 
 def test_a_seed_that_diverges_at_the_chosen_rate_is_reported(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
