@@ -400,7 +400,7 @@ def test_a_rate_that_one_seed_cannot_bear_is_not_chosen(tmp_path: Path, tiny_sec
     chosen = run_study(study, stand_in.trainer(tmp_path), 2)
     assert {(arm.learning_rate, arm.seed) for arm in chosen["full"]} == {(0.01, 0), (0.01, 3)}
     assert calls(tmp_path)["mslt-0.02-3-90"] == 0, "what never leads costs one seed"
-    assert [one.learning_rate for one in findings(study, chosen)] == [0.01, 0.02]
+    assert [one.learning_rate for one in findings(study, chosen)] == [0.01, 0.01]
 
 
 def test_a_seed_that_diverges_at_the_chosen_rate_is_reported(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
