@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from mslt.cli.main import app
 from mslt.errors import MsltError
 from mslt.evaluate import senteval
-from mslt.evaluate.intervals import paired, unpacked
+from mslt.evaluate.intervals import Z_95, packed, paired, unpacked
 from mslt.evaluate.senteval import checkpoints_of
 from mslt.heads.layer_probe import Features
-from mslt.report.probing import best_layer
+from mslt.report.probing import best_layer, difference_intervals
 from tests.command_lines import run
 from tests.encoders import write_encoder
 from tests.probing_files import sentence, write_probing
@@ -175,22 +175,25 @@ def test_a_checkpoint_is_itself(encoders: list[Path], probed: Path, tmp_path: Pa
     assert (rows[1]["row"], rows[1]["column"]) == ("BigramShift", "0")
 
 
-def test_repetitions_are_compared_by_their_mean(encoders: list[Path], data: Path, tmp_path: Path) -> None:
-    options = ["--pooling", "mean", "--repetitions", 2]
-    command("senteval", *encoders, "--data-dir", data, "--task", "BigramShift", *options, "--out", tmp_path)
-    compared = ["compare", *encoders, *options[:2], "--results", tmp_path, "--picture", tmp_path / "p.png"]
-    (found,) = printed(*compared)
-    files = [tmp_path / f"e-{name}/senteval-mean-mlp/BigramShift.json" for name in ("one", "other")]
-    base, other = (json.loads(file.read_text()) for file in files)
-    for k, (low, high) in enumerate(found["intervals"][0]):
-        right = [np.stack([unpacked(run["right"][k], 40) for run in result["runs"]]) for result in (other, base)]
-        assert (low, high) == pytest.approx(tuple(100 * end for end in paired(*right, np.ones(40))))
-        assert found["values"][0][k] == pytest.approx((low + high) / 2)
-    for damaged, said in ((other["runs"][0]["right"][0][:-4], "3 bytes are not 40"), ("?", "base64")):
-        other["runs"][0]["right"][0] = damaged
-        files[1].write_text(json.dumps(other))
-        with pytest.raises(MsltError, match=rf"BigramShift: which answers of .* is damaged .*{said}.*probe it again"):
-            command(*compared)
+def test_repetitions_are_compared_by_their_mean() -> None:
+    """Two repetitions of two layers on three rows: which were right, by hand."""
+
+    def result(first: list[list[int]], second: list[list[int]]) -> dict[str, Any]:
+        runs = [{"right": [packed(np.array(row, bool)) for row in layers]} for layers in (first, second)]
+        return {"task": "T", "checkpoint": "c", "rows": {"te": 3}, "runs": runs}
+
+    ours = result([[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]])
+    theirs = result([[0, 0, 0], [1, 1, 0]], [[0, 0, 0], [1, 1, 0]])
+    found = difference_intervals(ours, theirs)
+    assert [sum(ends) / 2 for ends in found] == pytest.approx([50, 100 / 3])
+    # Of the first layer rows differ by 1, 1/2 and 0 in the mean, repetitions by 2/3 and 1/3.
+    deviation = (0.25 / 3 + 1 / 18 / 2) ** 0.5
+    assert found[0][1] - found[0][0] == pytest.approx(2 * Z_95 * 100 * deviation)
+    assert difference_intervals(ours, ours) == [(0.0, 0.0)] * 2
+    for damaged, said in ((packed(np.ones(9, bool)), "2 bytes are not 3 rows"), ("?", "base64")):
+        ours["runs"][1]["right"][0] = damaged
+        with pytest.raises(MsltError, match=rf"T: which answers of c were right is damaged .*{said}.*probe it again"):
+            difference_intervals(ours, theirs)
 
 
 def test_results_of_before_are_not_gone_on_with(encoders: list[Path], data: Path, tmp_path: Path) -> None:
