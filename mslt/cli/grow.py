@@ -9,7 +9,9 @@ from mslt.errors import MsltError
 
 
 def grow(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face checkpoint.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Folder of a Hugging Face checkpoint, of a run's stage or a run.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     sources: Annotated[
         str | None,
@@ -40,7 +42,9 @@ def grow(
     from mslt.growth import copied_upwards, kept_layers, parse_sources, without_top
     from mslt.models.checkpoint import grow_folder
     from mslt.models.factory import read_config
+    from mslt.rundir import find_model
 
+    source, _ = find_model(source)
     logging.disable_progress_bar()
     depth = read_config(source).num_hidden_layers
     if copy is not None and to is not None:

@@ -12,7 +12,9 @@ from mslt.errors import MsltError
 from mslt.growth import copied_upwards, kept_layers, without_top
 from mslt.models import families
 from mslt.models.factory import own_state, read_model
+from mslt.plan import Plan
 from tests.encoders import write_encoder
+from tests.unit.test_probe_commands import run_of
 
 DEPTH = 5
 
@@ -48,6 +50,11 @@ def layers_are(encoder: Path, out: Path, sources: list[int]) -> None:
 
 def test_a_layer_is_copied_upwards(encoder: Path) -> None:
     layers_are(encoder, grow(encoder, "--copy", "2", "--to", "3,4"), [0, 1, 2, 2, 2])
+
+
+def test_a_run_names_its_last_finished_stage(tmp_path: Path, tiny_plan: Plan) -> None:
+    run = run_of(tmp_path / "run", tiny_plan)
+    layers_are(run / "stage-2/model", grow(run, "--drop-top", "1"), [0, 1, 2])
 
 
 def test_copies_may_go_right_above_the_top(encoder: Path) -> None:
