@@ -5,7 +5,11 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh dev
 ruff check .
 ruff format --check .
-mypy
 [ $# -gt 0 ] || set -- -m "not slow"
-# Tests mostly wait for processes to start: two at once, each file as a whole.
-python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+# Tests mostly wait for processes to start: two at once, each file as a whole, and types beside them, told at the end.
+types=$(mktemp)
+mypy > "$types" 2>&1 & checking=$!
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+wait $checking || { failed=$?; cat "$types"; }
+rm "$types"
+exit ${failed:-0}
