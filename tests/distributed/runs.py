@@ -46,7 +46,7 @@ def train_and_kill(recipe: Path, shards: Path, run: Path, workers: int, at_step:
     while not any(record["step"] >= at_step for record in metrics.read(run / "metrics.jsonl")):
         assert parent.poll() is None, f"ended before step {at_step}: {parent.stderr and parent.stderr.read()}"
         assert time.monotonic() < deadline, f"no step {at_step} within {TIMEOUT_S} s"
-        time.sleep(0.005)
+        time.sleep(0.02)
     # The launcher runs in a session of its own, but stays a descendant.
     for process in [*psutil.Process(parent.pid).children(recursive=True), psutil.Process(parent.pid)]:
         os.kill(process.pid, signal.SIGKILL)
