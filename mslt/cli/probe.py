@@ -300,7 +300,7 @@ def compare(
     named = checkpoints_of(checkpoints, stages)
     found = [
         (
-            each.title or each.name,
+            each.label,
             probing.read_results(
                 each.folder(kind, results), f"`mslt probe {probe}` on {each.source}", digest(each.source)
             ),
@@ -309,7 +309,7 @@ def compare(
     ]
     differs = not (stages or side_by_side)
     if not differs:
-        maps = probing.side_by_side(dict(found), {each.title or each.name: each.num_frozen for each in named})
+        maps = probing.side_by_side(dict(found), {each.label: each.num_frozen for each in named})
     elif len(found) < 2:
         raise MsltError(f"{checkpoints[0]}: there is nothing to hold it against; give another checkpoint, or "
                         "--side-by-side")  # fmt: skip

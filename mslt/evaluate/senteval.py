@@ -82,6 +82,11 @@ class Checkpoint:
     title: str = ""
     num_frozen: int = 0
 
+    @property
+    def label(self) -> str:
+        """Of a row that it has for itself."""
+        return self.title or self.name
+
     def folder(self, kind: str, out: Path | None) -> Path:
         """Where results of a kind of probe lie: beside the checkpoint, or below `out`."""
         return evaluation_folder(self.source) / kind if out is None else out / self.name / kind
