@@ -8,7 +8,7 @@ and equal time. It plans runs and starts them; every run is an ordinary one and 
    that again with each other of the study's decay shares.
 3. The rate and decay share that lead get the other seeds. Where their mean then falls behind another's, that gets them,
    until what leads has all: a rate at which one seed in three does not train is no good one.
-4. With what won: all seeds for equal steps.
+4. With what won: all seeds for equal steps, and for those shares of the time that the study asks for.
 """
 
 import json
@@ -40,7 +40,7 @@ from mslt.rundir import RunDir, read_plan
 from mslt.schedule import make_plan
 from mslt.validation import Frozen, NonNegativeInt, PositiveInt, read_yaml, validate
 
-Equal = Literal["time", "steps"]
+Equal = Literal["time", "steps", "part"]  # of the time
 Measure = Callable[[Plan], list[dict[str, list[float]]]]  # what the parts of a step of each stage take
 Train = Callable[[Path, Path, Path], None]  # of a recipe's path, a run directory and a log
 
@@ -53,7 +53,8 @@ _CHANGE_A_STEPS_TIME = {"name", "implementation", "normalize_gradient", "trust_r
 class StudyConfig(Frozen):
     """`recipe` gives all but the schedule, the learning rate and the seed. `schedules` are sections of a recipe without
     steps, by name; the first is the baseline, and has `steps`. `optimizers` may add to a schedule's optimizer section.
-    `decay_shares` are tried for every schedule, at every rate, beside the one that its optimizer section has.
+    `decay_shares` are tried for every schedule, at every rate, beside the one that its optimizer section has. For
+    `time_shares` of the baseline's time every other schedule trains, too, with the rate and decay that were best.
     """
 
     recipe: str
@@ -63,6 +64,7 @@ class StudyConfig(Frozen):
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     decay_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
+    time_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
 
     @model_validator(mode="after")
     def names_and_values_fit(self) -> "StudyConfig":
@@ -82,7 +84,7 @@ class StudyConfig(Frozen):
                 found.append(f"optimizers.{name}.learning_rate: is one of learning_rates; remove it here")
             for key in sorted(_CHANGE_A_STEPS_TIME & section.keys()):
                 found.append(f"optimizers.{name}.{key}: changes what a step takes; set it in the recipe, for all alike")
-        for what in ("seeds", "learning_rates", "decay_shares"):
+        for what in ("seeds", "learning_rates", "decay_shares", "time_shares"):
             values = getattr(self, what)
             if len(set(values)) < len(values):
                 found.append(f"{what}: one stands there twice")
@@ -109,7 +111,7 @@ class Arm:
 @dataclass(frozen=True)
 class Study:
     """A study in its folder: OUT/step-times.json, OUT/runs/NAME/EQUAL-RATE[-decay-SHARE]-SEED, and the recipe of each
-    beside it.
+    beside it; EQUAL is time, steps or part-SHARE.
 
     `times` are the timed blocks of each kind of stage, by `kind_of` it, `step_s` is what a step of it takes.
     """
@@ -128,12 +130,16 @@ class Study:
         """Of a picture of the first run of each schedule."""
         return f"equal time, seed {self.config.seeds[0]}"
 
-    def arm(self, name: str, equal: Equal, learning_rate: float, seed: int, decay_share: float | None = None) -> Arm:
+    def arm(
+        self, name: str, equal: Equal, learning_rate: float, seed: int, decay_share: float | None = None,
+        time_share: float = 1.0,
+    ) -> Arm:  # fmt: skip
         full_s, own_s = (self._total_s(each) for each in (next(iter(self.config.schedules)), name))
-        steps = self.config.steps if equal == "steps" else round(self.config.steps * full_s / own_s)
-        share = own_s / full_s * steps / self.config.steps
+        share = own_s / full_s if equal == "steps" else time_share
+        steps = round(self.config.steps * share * full_s / own_s)
         decay = "" if decay_share is None else f"-decay-{decay_share!r}"
-        run = self.folder / "runs" / _folder_name(name) / f"{equal}-{learning_rate!r}{decay}-{seed}"
+        kind = f"part-{time_share!r}" if equal == "part" else equal
+        run = self.folder / "runs" / _folder_name(name) / f"{kind}-{learning_rate!r}{decay}-{seed}"
         return Arm(name, equal, learning_rate, decay_share, seed, steps, share, run)
 
     def equal_time_range(self, name: str) -> tuple[int, int]:
@@ -223,7 +229,7 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     """Read the study, check every schedule, and time a step of each kind of stage where the folder has no times yet.
 
     MsltError, before anything is written, for a study that cannot be run, or a folder with another one, or with runs
-    on other shards or another number of workers. Other seeds, learning rates and decay shares are the same study.
+    on other shards or another number of workers. Other seeds, rates, decay shares and time shares are the same study.
     """
     config, base = read_study(path)
     plans = _plans(config, base)
@@ -281,7 +287,7 @@ def _plans(config: StudyConfig, base: Recipe) -> list[Plan]:
     return plans
 
 
-_ADD_RUNS = {"seeds", "learning_rates", "decay_shares"}  # and change none
+_ADD_RUNS = {"seeds", "learning_rates", "decay_shares", "time_shares"}  # and change none
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -295,7 +301,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Arm]]:
     """Run everything that is not done, and return the arms that count, by name: at the best rate of each schedule, for
-    equal time and, of what costs otherwise than the baseline, for equal steps.
+    equal time; of what costs otherwise than the baseline, for equal steps; and for parts of the time.
 
     MsltError where a run stops for another reason than that it diverges; what is done stays done.
     """
@@ -315,7 +321,17 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
         for name, arms in timed.items() if arms[0].steps != config.steps  # else equal steps are equal time
     }  # fmt: skip
     _run(study, "equal steps", [arm for arms in stepped.values() for arm in arms], train, num_at_once)
-    return {name: [*arms, *stepped.get(name, [])] for name, arms in timed.items()}
+    baseline = next(iter(config.schedules))
+    parts = {
+        name: [
+            study.arm(name, "part", a.learning_rate, a.seed, a.decay_share, share)
+            for share in config.time_shares for a in arms
+        ]
+        for name, arms in timed.items() if name != baseline
+    }  # fmt: skip
+    if config.time_shares:
+        _run(study, "part of the time", [arm for arms in parts.values() for arm in arms], train, num_at_once)
+    return {name: [*arms, *stepped.get(name, []), *parts.get(name, [])] for name, arms in timed.items()}
 
 
 def tuning_arms(study: Study, name: str) -> list[Arm]:

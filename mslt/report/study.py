@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 
 from scipy.special import stdtrit
 
@@ -49,9 +50,9 @@ class Finding:
 
     `share_of_time` is what equal steps take of the baseline's time, by the measured time of a step; `clock_share` what
     the runs of equal time took of the baseline's by the clock, on a machine that may have done other things.
-    `share_to_baseline` is the share of the baseline's time at which its final loss is reached, seed by seed, read off a
-    line through both ends, loss over the logarithm of time; None where neither end is that good. `at_most`: one of them
-    is read off the earlier end, which has it already.
+    `at_parts` has the losses after shares of the baseline's time. `share_to_baseline` is the share at which its final
+    loss is reached, seed by seed, read off lines through the ends of runs, loss over the logarithm of time; None where
+    no end is that good. `at_most`: the earliest end has it already, in some seed.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Finding:
     share_of_time: float
     at_equal_steps: Spread
     at_equal_steps_minus_baseline: Spread
+    at_parts: dict[float, Spread]
     share_to_baseline: Spread | None
     at_most: bool
 
@@ -82,8 +84,12 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
         share = (stepped or timed)[0].share
         clock_s = statistics.fmean(_train_s(arm) for arm in timed)
         full_s = full_s or clock_s
-        ends = zip(full.values, at_steps.values, at_time.values, strict=True)
-        shares = [share_to_reach(target, share, early, late) for target, early, late in ends]
+        at_parts = _at_parts(arms)
+        ends = {**at_parts, share: at_steps, 1.0: at_time}
+        shares = [
+            share_to_reach(target, {at: losses.values[seed] for at, losses in ends.items()})
+            for seed, target in enumerate(full.values)
+        ]
         reached = tuple(each for each in shares if each is not None)
         found.append(
             Finding(
@@ -99,11 +105,20 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
                 share_of_time=share,
                 at_equal_steps=at_steps,
                 at_equal_steps_minus_baseline=_minus(at_steps, full),
+                at_parts=at_parts,
                 share_to_baseline=Spread(reached) if len(reached) == len(shares) else None,
-                at_most=bool(found) and min(share, 1.0) in reached,
+                at_most=bool(found) and min(ends) in reached,
             )
         )
     return found
+
+
+def _at_parts(arms: list[Arm]) -> dict[float, Spread]:
+    losses: dict[float, list[float]] = {}
+    for arm in arms:
+        if arm.equal == "part":
+            losses.setdefault(arm.share, []).append(heldout_loss(arm))
+    return {share: Spread(tuple(each)) for share, each in losses.items()}
 
 
 def _train_s(arm: Arm) -> float:
@@ -114,14 +129,15 @@ def _minus(one: Spread, other: Spread) -> Spread:
     return Spread(tuple(a - b for a, b in zip(one.values, other.values, strict=True)))
 
 
-def share_to_reach(target: float, share: float, loss_at_share: float, loss_at_end: float) -> float | None:
-    """The share of time at which a loss is reached, between (share, loss_at_share) and (1, loss_at_end)."""
-    (early, loss_early), (late, loss_late) = sorted([(share, loss_at_share), (1.0, loss_at_end)])
-    if loss_early <= target:
-        return early
-    if loss_late > target:
-        return None
-    return late * (early / late) ** ((target - loss_late) / (loss_early - loss_late))
+def share_to_reach(target: float, losses: dict[float, float]) -> float | None:
+    """The share of time at which a loss is first reached, from the losses at some shares."""
+    ends = sorted(losses.items())
+    if ends[0][1] <= target:
+        return ends[0][0]
+    for (early, loss_early), (late, loss_late) in pairwise(ends):
+        if loss_late <= target:
+            return late * (early / late) ** ((target - loss_late) / (loss_early - loss_late))
+    return None
 
 
 def as_json(found: list[Finding]) -> str:
@@ -130,6 +146,8 @@ def as_json(found: list[Finding]) -> str:
     def plain(value: object) -> object:
         if isinstance(value, Spread):
             return {"mean": plain(value.mean), "deviation": value.deviation, "values": [plain(v) for v in value.values]}
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps([{name: plain(value) for name, value in vars(one).items()} for one in found], indent=2)
@@ -141,6 +159,8 @@ def table(found: list[Finding]) -> list[list[str]]:
     rows = [["schedule", "learning rate", "decay share", "steps in equal time", "by the clock", "MLM at equal time",
              f"minus {first}", "time of equal steps", "MLM at equal steps", f"minus {first}",
              f"time to {first}'s loss"]]  # fmt: skip
+    parts = sorted({share for one in found for share in one.at_parts})
+    rows[0] += [f"MLM at {share:g} of the time" for share in parts]
     for one in found:
         share = "not reached" if one.share_to_baseline is None else str(one.share_to_baseline)
         low, high = one.steps_range
@@ -157,6 +177,7 @@ def table(found: list[Finding]) -> list[list[str]]:
                 str(one.at_equal_steps),
                 _signed(one.at_equal_steps_minus_baseline),
                 f"at most {share}" if one.at_most else share,
+                *(str(one.at_parts[part]) if part in one.at_parts else "–" for part in parts),
             ]
         )
     rows[1][6] = rows[1][9] = rows[1][10] = "–"

@@ -149,7 +149,7 @@ def test_findings_by_hand(study: Study, chosen: dict[str, list[Arm]]) -> None:
         steps_range=(60, 60), clock_share=1.0, at_equal_time=near(4.9, 4.93),
         at_equal_time_minus_baseline=Spread((0.0, 0.0)), share_of_time=1.0,
         at_equal_steps=near(4.9, 4.93), at_equal_steps_minus_baseline=Spread((0.0, 0.0)),
-        share_to_baseline=Spread((1.0, 1.0)), at_most=False,
+        at_parts={}, share_to_baseline=Spread((1.0, 1.0)), at_most=False,
     )  # fmt: skip
     assert grown == Finding(
         name="mslt k=2", learning_rate=0.01, decay_share=1.0, tuned=True,
@@ -157,7 +157,7 @@ def test_findings_by_hand(study: Study, chosen: dict[str, list[Arm]]) -> None:
         at_equal_time=near(late, late + 0.03), at_equal_time_minus_baseline=near(late - 4.9, late - 4.9),
         share_of_time=pytest.approx(2 / 3),  # type: ignore[arg-type]
         at_equal_steps=near(5.0, 5.03), at_equal_steps_minus_baseline=near(0.1, 0.1),
-        share_to_baseline=near(reached, reached), at_most=False,
+        at_parts={}, share_to_baseline=near(reached, reached), at_most=False,
     )  # fmt: skip
     assert grown.at_equal_time.deviation == pytest.approx(statistics.stdev([0.0, 0.03]))
     assert grown.at_equal_time_minus_baseline.deviation == pytest.approx(0.0, abs=1e-12), "the seeds' luck is shared"
@@ -176,6 +176,30 @@ def test_a_loss_reached_before_equal_steps_in_one_seed_is_reached_at_most_then(
     reached = (2 / 3) ** (1 - 0.1 / (0.5 * math.log(1.5)))
     assert grown.share_to_baseline == near(reached, 2 / 3)
     assert grown.at_most
+
+
+def test_what_won_trains_for_parts_of_the_time_too(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
+    """Half of full training's 720 s are 45 steps of mslt, whose loss then is 5 - ln(45/60)/2; at 0.7 of it, 63."""
+    study = opened(tmp_path, tiny_sections, time_shares=[0.7, 0.5])
+    chosen = run_study(study, stand_in.trainer(tmp_path), 2)
+    parts = {name: [(a.share, a.seed, a.steps) for a in arms if a.equal == "part"] for name, arms in chosen.items()}
+    assert parts == {"full": [], "mslt k=2": [(0.7, 0, 63), (0.7, 3, 63), (0.5, 0, 45), (0.5, 3, 45)]}
+    assert calls(tmp_path)["mslt-0.01-3-45"] == 1
+    found = findings(study, chosen)
+    full, grown = found
+    at_half, later = (loss_of("mslt", 0.01, 0, steps) for steps in (45, 63))
+    assert (full.at_parts, grown.at_parts) == ({}, {0.7: near(later, later + 0.03), 0.5: near(at_half, at_half + 0.03)})
+    late, reached = loss_of("mslt", 0.01, 0, 90), grown.share_to_baseline
+    assert reached == near(*[0.7 ** ((4.9 - late) / (later - late))] * 2), "between the two around it"
+    header, first, second = table(found)
+    assert header[-2:] == ["MLM at 0.5 of the time", "MLM at 0.7 of the time"]
+    assert first[-2:] == ["–", "–"]
+    assert second[-2:] == [str(grown.at_parts[0.5]), str(grown.at_parts[0.7])]
+    assert json.loads(as_json(found))[1]["at_parts"]["0.5"]["mean"] == pytest.approx(at_half + 0.015)
+    before = calls(tmp_path)
+    more = opened(tmp_path, tiny_sections, time_shares=[0.7, 0.5, 0.9])
+    run_study(more, stand_in.trainer(tmp_path), 2)
+    assert sum((calls(tmp_path) - before).values()) == 2, "one share more is the same study"
 
 
 def test_what_equal_time_may_be_is_drawn_from_the_timed_blocks(study: Study) -> None:
@@ -640,7 +664,16 @@ def test_a_study_reads_the_shards_of_its_recipe_where_no_others_are_given(
     ],
 )
 def test_share_of_time_to_a_loss_of_2(share: float, at_share: float, at_end: float, found: float | None) -> None:
-    assert share_to_reach(2.0, share, at_share, at_end) == (found if found is None else pytest.approx(found))
+    losses = {1.0: at_end, share: at_share}
+    assert share_to_reach(2.0, losses) == (found if found is None else pytest.approx(found))
+
+
+def test_a_loss_is_first_reached_between_the_two_shares_around_it() -> None:
+    losses = {1.0: 1.0, 0.25: 3.0, 0.5: 1.5, 0.75: 2.5}
+    assert share_to_reach(2.0, losses) == pytest.approx(0.5 * 0.5 ** (0.5 / 1.5))
+    assert share_to_reach(1.0, losses) == 1.0
+    assert share_to_reach(0.9, losses) is None
+    assert share_to_reach(3.0, losses) == 0.25
 
 
 def test_a_spread_is_mean_and_deviation() -> None:
@@ -663,7 +696,7 @@ def finding(
     minus = [Spread(tuple(a - b for a, b in zip(each, BASELINE_LOSSES, strict=True))) for each in (at_time, at_steps)]
     usual: dict[str, Any] = {
         "learning_rate": 0.02, "decay_share": 1.0, "tuned": True, "steps_at_equal_time": round(60 / share),
-        "steps_range": (60, 60), "clock_share": 1.0, "at_most": False,
+        "steps_range": (60, 60), "clock_share": 1.0, "at_parts": {}, "at_most": False,
     }  # fmt: skip
     return Finding(
         name=name, share_of_time=share, share_to_baseline=reached, at_equal_time=Spread(at_time),
