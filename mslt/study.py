@@ -40,7 +40,7 @@ from mslt.rundir import RunDir, read_plan
 from mslt.schedule import make_plan
 from mslt.validation import Frozen, NonNegativeInt, PositiveInt, read_yaml, validate
 
-Equal = Literal["time", "steps", "part"]  # of the time
+Equal = Literal["time", "steps", "part"]  # part: of equal time
 Measure = Callable[[Plan], list[dict[str, list[float]]]]  # what the parts of a step of each stage take
 Train = Callable[[Path, Path, Path], None]  # of a recipe's path, a run directory and a log
 
@@ -54,7 +54,7 @@ class StudyConfig(Frozen):
     """`recipe` gives all but the schedule, the learning rate and the seed. `schedules` are sections of a recipe without
     steps, by name; the first is the baseline, and has `steps`. `optimizers` may add to a schedule's optimizer section.
     `decay_shares` are tried for every schedule, at every rate, beside the one that its optimizer section has. For
-    `time_shares` of the baseline's time every other schedule trains, too, with the rate and decay that were best.
+    `time_shares` of the baseline's time every schedule trains, too, with what was best for it at the whole.
     """
 
     recipe: str
@@ -95,8 +95,8 @@ class StudyConfig(Frozen):
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of the study. `share` is its predicted time over the baseline's; `decay_share` None is its schedule's
-    own."""
+    """One run of the study. `share` is the time of `steps` over the baseline's, by the measured times of steps, to the
+    nearest step; `decay_share` None is its schedule's own."""
 
     name: str
     equal: Equal
@@ -229,10 +229,12 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     """Read the study, check every schedule, and time a step of each kind of stage where the folder has no times yet.
 
     MsltError, before anything is written, for a study that cannot be run, or a folder with another one, or with runs
-    on other shards or another number of workers. Other seeds, rates, decay shares and time shares are the same study.
+    on other shards or another number of workers. Other seeds, rates, decay shares and time shares are the same study,
+    and so are more schedules whose kinds of stages have been timed.
     """
     config, base = read_study(path)
     plans = _plans(config, base)
+    kinds = {kind_of(stage): for_timing(stage) for plan in plans for stage in plan.stages}
     described = {
         "study": config.model_dump(mode="json"),
         "recipe": base.model_dump(mode="json"),
@@ -242,10 +244,14 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
     file, times_file = folder / "study.json", folder / "step-times.json"
     if file.exists() and (changed := _changed(json.loads(file.read_text()), described)):
         raise MsltError(f"{folder}: holds another study (its {changed} differ); take another --out")
+    if times_file.exists() and (untimed := sorted(kinds.keys() - json.loads(times_file.read_text())["stages"].keys())):
+        raise MsltError(
+            f"{folder}: holds no times of {'; '.join(untimed)}, which had to take turns with the others; take another "
+            "--out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, described)
     if not times_file.exists():
-        kinds = {kind_of(stage): for_timing(stage) for plan in plans for stage in plan.stages}
         timing = plans[0].model_copy(update={"stages": tuple(kinds.values())})
         rounds = [measure(timing) for _ in range(TIMING_ROUNDS)]
         times = {
@@ -254,8 +260,9 @@ def open_study(path: Path, folder: Path, shards: Path, num_workers: int, measure
         }
         write_json(times_file, {"provenance": provenance(), "stages": times})
     study = Study(config, folder, base, json.loads(times_file.read_text())["stages"])
-    for name in config.schedules:
-        study.recipe(study.arm(name, "time", config.learning_rates[0], config.seeds[0]))  # as long as it will be
+    for name in config.schedules:  # as long as they will be
+        for share in (*config.time_shares, 1.0):
+            study.recipe(study.arm(name, "part", config.learning_rates[0], config.seeds[0], time_share=share))
     return study
 
 
@@ -291,9 +298,14 @@ _ADD_RUNS = {"seeds", "learning_rates", "decay_shares", "time_shares"}  # and ch
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    known = before.get("study", {}).get("schedules", {})
+
     def fixed(described: dict[str, Any]) -> dict[str, Any]:
         study = {key: value for key, value in described.get("study", {}).items() if key not in _ADD_RUNS}
-        return {**described, "study": study, "baseline": next(iter(study.get("schedules", {})), None)}
+        baseline = next(iter(study.get("schedules", {})), None)
+        for key in ("schedules", "optimizers"):
+            study[key] = {name: section for name, section in study.get(key, {}).items() if name in known}
+        return {**described, "study": study, "baseline": baseline}
 
     before, after = fixed(before), fixed(after)
     return ", ".join(key for key in after if before.get(key) != after[key])
@@ -321,17 +333,16 @@ def run_study(study: Study, train: Train, num_at_once: int) -> dict[str, list[Ar
         for name, arms in timed.items() if arms[0].steps != config.steps  # else equal steps are equal time
     }  # fmt: skip
     _run(study, "equal steps", [arm for arms in stepped.values() for arm in arms], train, num_at_once)
-    baseline = next(iter(config.schedules))
     parts = {
         name: [
             study.arm(name, "part", a.learning_rate, a.seed, a.decay_share, share)
             for share in config.time_shares for a in arms
         ]
-        for name, arms in timed.items() if name != baseline
+        for name, arms in timed.items()
     }  # fmt: skip
     if config.time_shares:
         _run(study, "part of the time", [arm for arms in parts.values() for arm in arms], train, num_at_once)
-    return {name: [*arms, *stepped.get(name, []), *parts.get(name, [])] for name, arms in timed.items()}
+    return {name: [*arms, *stepped.get(name, []), *parts[name]] for name, arms in timed.items()}
 
 
 def tuning_arms(study: Study, name: str) -> list[Arm]:

@@ -130,7 +130,8 @@ def _minus(one: Spread, other: Spread) -> Spread:
 
 
 def share_to_reach(target: float, losses: dict[float, float]) -> float | None:
-    """The share of time at which a loss is first reached, from the losses at some shares."""
+    """The share of time at which a loss is first reached, from the losses at some shares; that is early, for losses
+    have a seed's chance in them."""
     ends = sorted(losses.items())
     if ends[0][1] <= target:
         return ends[0][0]

@@ -183,23 +183,29 @@ def test_what_won_trains_for_parts_of_the_time_too(tmp_path: Path, tiny_sections
     study = opened(tmp_path, tiny_sections, time_shares=[0.7, 0.5])
     chosen = run_study(study, stand_in.trainer(tmp_path), 2)
     parts = {name: [(a.share, a.seed, a.steps) for a in arms if a.equal == "part"] for name, arms in chosen.items()}
-    assert parts == {"full": [], "mslt k=2": [(0.7, 0, 63), (0.7, 3, 63), (0.5, 0, 45), (0.5, 3, 45)]}
+    assert parts == {
+        "full": [(0.7, 0, 42), (0.7, 3, 42), (0.5, 0, 30), (0.5, 3, 30)],
+        "mslt k=2": [(0.7, 0, 63), (0.7, 3, 63), (0.5, 0, 45), (0.5, 3, 45)],
+    }
     assert calls(tmp_path)["mslt-0.01-3-45"] == 1
     found = findings(study, chosen)
     full, grown = found
     at_half, later = (loss_of("mslt", 0.01, 0, steps) for steps in (45, 63))
-    assert (full.at_parts, grown.at_parts) == ({}, {0.7: near(later, later + 0.03), 0.5: near(at_half, at_half + 0.03)})
+    assert grown.at_parts == {0.7: near(later, later + 0.03), 0.5: near(at_half, at_half + 0.03)}
+    assert (full.share_to_baseline, full.at_most) == (Spread((1.0, 1.0)), False)
     late, reached = loss_of("mslt", 0.01, 0, 90), grown.share_to_baseline
     assert reached == near(*[0.7 ** ((4.9 - late) / (later - late))] * 2), "between the two around it"
     header, first, second = table(found)
     assert header[-2:] == ["MLM at 0.5 of the time", "MLM at 0.7 of the time"]
-    assert first[-2:] == ["–", "–"]
+    assert first[-2:] == [str(full.at_parts[0.5]), str(full.at_parts[0.7])]
     assert second[-2:] == [str(grown.at_parts[0.5]), str(grown.at_parts[0.7])]
     assert json.loads(as_json(found))[1]["at_parts"]["0.5"]["mean"] == pytest.approx(at_half + 0.015)
     before = calls(tmp_path)
     more = opened(tmp_path, tiny_sections, time_shares=[0.7, 0.5, 0.9])
     run_study(more, stand_in.trainer(tmp_path), 2)
-    assert sum((calls(tmp_path) - before).values()) == 2, "one share more is the same study"
+    assert sum((calls(tmp_path) - before).values()) == 4, "one share more is the same study"
+    with pytest.raises(MsltError, match=r"study: mslt k=2: (.|\n)*steps: "):
+        opened(tmp_path, tiny_sections, time_shares=[0.02])
 
 
 def test_what_equal_time_may_be_is_drawn_from_the_timed_blocks(study: Study) -> None:
@@ -487,6 +493,32 @@ def test_a_folder_holds_one_study(tmp_path: Path, tiny_sections: dict[str, Any])
             open_study(path, tmp_path / "out", shards, workers, never)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     open_study(write_study(tmp_path, tiny_sections), tmp_path / "out", SHARDS, 1, never)
+
+
+def test_a_schedule_more_is_the_same_study_where_its_stages_have_been_timed(
+    tmp_path: Path, tiny_sections: dict[str, Any]
+) -> None:
+    study = opened(tmp_path, tiny_sections)
+    before = run_study(study, stand_in.trainer(tmp_path), 2)
+    again = {**FULL_AND_GROWN, "full again": {"name": "full"}}
+    warmer = {"full again": {"warmup_steps": 20}}
+    more = open_study(
+        write_study(tmp_path, tiny_sections, schedules=again, optimizers=warmer), tmp_path / "out", SHARDS, 1, never
+    )
+    first = calls(tmp_path)
+    chosen = run_study(more, stand_in.trainer(tmp_path), 2)
+    assert {name: chosen[name] for name in before} == before
+    assert sum((calls(tmp_path) - first).values()) == 4, "three rates and a seed"
+    assert more.recipe(chosen["full again"][0]).optimizer.warmup_steps == 20
+    kept = (tmp_path / "out" / "study.json").read_bytes()
+    deeper = write_study(
+        tmp_path, tiny_sections, schedules={**again, "four": {"name": "mslt", "k": 4}}, optimizers=warmer
+    )
+    with pytest.raises(
+        MsltError, match=r"out: holds no times of 1 layers, .*; 2 layers, frozen: .*; take another --out"
+    ):
+        open_study(deeper, tmp_path / "out", SHARDS, 1, never)
+    assert (tmp_path / "out" / "study.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize(
