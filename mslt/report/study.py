@@ -91,6 +91,7 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
             for seed, target in enumerate(full.values)
         ]
         reached = tuple(each for each in shares if each is not None)
+        in_every_seed = len(reached) == len(shares)
         found.append(
             Finding(
                 name=name,
@@ -106,8 +107,8 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
                 at_equal_steps=at_steps,
                 at_equal_steps_minus_baseline=_minus(at_steps, full),
                 at_parts=at_parts,
-                share_to_baseline=Spread(reached) if len(reached) == len(shares) else None,
-                at_most=bool(found) and min(ends) in reached,
+                share_to_baseline=Spread(reached) if in_every_seed else None,
+                at_most=bool(found) and in_every_seed and min(ends) in reached,
             )
         )
     return found

@@ -176,6 +176,12 @@ def test_a_loss_reached_before_equal_steps_in_one_seed_is_reached_at_most_then(
     reached = (2 / 3) ** (1 - 0.1 / (0.5 * math.log(1.5)))
     assert grown.share_to_baseline == near(reached, 2 / 3)
     assert grown.at_most
+    monkeypatch.setattr(
+        stand_in, "loss_of", lambda name, *more: lucky(name, *more) + 0.5 * (name == "full") * (1 if more[1] else -1)
+    )
+    study = opened(tmp_path / "apart", tiny_sections, learning_rates=[0.01])
+    _, grown = findings(study, run_study(study, stand_in.trainer(tmp_path / "apart"), 1))
+    assert (grown.share_to_baseline, grown.at_most) == (None, False), "seed 0 of full was good luck"
 
 
 def test_what_won_trains_for_parts_of_the_time_too(tmp_path: Path, tiny_sections: dict[str, Any]) -> None:
