@@ -210,7 +210,8 @@ _FORETOLD = Ours(
     "2026-11-21-paper-cluster.md",
 )
 _SMALL = Ours(
-    "6 layers × 256, 1.4 million tokens, by measured time: `mslt` comes to full training's loss in 0.89 of its time",
+    "6 layers × 256, by measured time: `mslt` comes to what full training has after 1.4 million tokens in "
+    "0.89 of its time",
     "2026-11-23-schedules-cpu.md",
 )
 _EXITS = Ours(

@@ -52,7 +52,7 @@ class Finding:
     the runs of equal time took of the baseline's by the clock, on a machine that may have done other things.
     `at_parts` has the losses after shares of the baseline's time. `share_to_baseline` is the share at which its final
     loss is reached, seed by seed, read off lines through the ends of runs, loss over the logarithm of time; None where
-    no end is that good. `at_most`: the earliest end has it already, in some seed.
+    in some seed no end is that good. `at_most`: the earliest end has it already, in some seed.
     """
 
     name: str
@@ -91,7 +91,7 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
             for seed, target in enumerate(full.values)
         ]
         reached = tuple(each for each in shares if each is not None)
-        in_every_seed = len(reached) == len(shares)
+        to_full = Spread(reached) if len(reached) == len(shares) else None
         found.append(
             Finding(
                 name=name,
@@ -107,8 +107,8 @@ def findings(study: Study, chosen: dict[str, list[Arm]]) -> list[Finding]:
                 at_equal_steps=at_steps,
                 at_equal_steps_minus_baseline=_minus(at_steps, full),
                 at_parts=at_parts,
-                share_to_baseline=Spread(reached) if in_every_seed else None,
-                at_most=bool(found) and in_every_seed and min(ends) in reached,
+                share_to_baseline=to_full,
+                at_most=bool(found) and to_full is not None and min(ends) in to_full.values,
             )
         )
     return found
