@@ -68,9 +68,10 @@ class StepCosts:
 
     A layer that trains costs its forward and its backward pass, a frozen one below them only its (cheaper) forward.
     `rest_forward` is what every stage has: embeddings, heads, loss; `heads_backward` too, and `embeddings_backward` on
-    top where they train. Reducing (what of it does not hide behind computing) and updating cost something once and
-    something for each trainable parameter. `data` is loading a batch, beside the steps where there are `num_loaders`
-    processes for it.
+    top where they train. Reducing and updating cost something once and something for each trainable parameter; a step
+    waits for what does not travel beside `overlap` of its layers' backward pass and of the next step's frozen layers,
+    which is 0 where the costs of reducing are what is waited for, as timed. Gradients of the embeddings are ready last,
+    and travel after it. `data` is loading a batch, beside the steps where there are `num_loaders` processes for it.
     """
 
     layer_forward: float
@@ -85,11 +86,12 @@ class StepCosts:
     optimizer_parameter: float = 0.0
     data: float = 0.0
     num_loaders: int = 0
+    overlap: float = 0.0
 
 
 def scaled(costs: StepCosts, share: float) -> StepCosts:
     """The same for `share` of the samples a worker has: what updating costs stays."""
-    kept = ("reduce_once", "reduce_parameter", "optimizer_once", "optimizer_parameter", "num_loaders")
+    kept = ("reduce_once", "reduce_parameter", "optimizer_once", "optimizer_parameter", "num_loaders", "overlap")
     return replace(costs, **{name: value * share for name, value in vars(costs).items() if name not in kept})
 
 
@@ -130,6 +132,7 @@ def step_parts(costs: StepCosts, model: ModelConfig, stage: Stage) -> dict[str, 
     """What forward, backward, reducing, updating and the data of a step of the stage take."""
     with_graph = layers_with_graph(stage)
     trainable = stage_cost(model, stage).trainable_parameters
+    last = slot_parameters(model, "embeddings") if "embeddings" in stage.trainable else 0
     parts = {
         "forward": (
             costs.rest_forward
@@ -144,6 +147,8 @@ def step_parts(costs: StepCosts, model: ModelConfig, stage: Stage) -> dict[str, 
         "reduce": costs.reduce_once + trainable * costs.reduce_parameter,
         "optimizer": costs.optimizer_once + trainable * costs.optimizer_parameter,
     }
+    beside = with_graph * costs.layer_backward + (stage.depth - with_graph) * costs.frozen_layer_forward
+    parts["reduce"] = max(parts["reduce"] - costs.overlap * beside, last * costs.reduce_parameter)
     return {**parts, "data": waiting_for_data(costs.data, sum(parts.values()), costs.num_loaders)}
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from mslt.cost import StepCosts, operations, scaled
 from mslt.errors import MsltError
-from mslt.plan import Plan
+from mslt.plan import Plan, micro_batch_size
 
 # What BERT-Large at 128 positions reached of the peak in plain PyTorch: V100 30 to 43 % in fp16, 61 to 77 % in fp32,
 # A100 32 to 45 % in fp16 (NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT, README of 2019 to 2021).
@@ -68,9 +68,10 @@ def cluster_costs(
     plan: Plan, cluster: Cluster, measured: tuple[StepCosts, int] | None, autocast: str | None, gradient_bytes: int
 ) -> StepCosts:
     """Seconds of a step there: from the table, or from costs `measured` on so many workers here. A ring all-reduces
-    `gradient_bytes` for each parameter after the backward pass, over the slowest link; its latency is left out.
+    `gradient_bytes` for each parameter over the slowest link, beside the backward pass of the last micro-batch and the
+    frozen layers of the next step's first; its latency is left out.
 
-    MsltError for a GPU that is not tabled.
+    MsltError for a GPU that is not tabled, and for a batch that is no multiple of the GPUs.
     """
     if measured is None:
         assert cluster.gpu is not None
@@ -80,7 +81,9 @@ def cluster_costs(
         costs = scaled(costs, num_workers / cluster.num_gpus)
     sent = 2 * (cluster.num_gpus - 1) / cluster.num_gpus * gradient_bytes
     seconds = 0.0 if cluster.link_gbps is None else sent / (cluster.link_gbps * 1e9 / 8)
-    return replace(costs, reduce_once=0.0, reduce_parameter=seconds)
+    stage = plan.stages[-1]
+    last_micro_batch = micro_batch_size(stage, cluster.num_gpus) * cluster.num_gpus / stage.batch_size
+    return replace(costs, reduce_once=0.0, reduce_parameter=seconds, overlap=last_micro_batch)
 
 
 def _described_costs(plan: Plan, gpu: str, num_gpus: int, autocast: str | None) -> StepCosts:

@@ -205,8 +205,9 @@ _SURGERY = f"--preset convexity {_tasks(paper.SURGERY_TASKS)}"
 _TUNED = "tuned/models/*/*_seed=[0-9]/"  # a model of each task: that of the median seed
 _SENTEVAL = "git clone https://github.com/facebookresearch/SentEval"
 _FORETOLD = Ours(
-    "foretold from data sheets, if it was fp32 over 100 Gb/s, which the paper does not say: 81.5 h in full, 39.6 in "
-    "stages; the paper's 41 h for 480,000 steps scale to 85.4, and it has 40. BERT-Large comes out 1.5 times as long",
+    "foretold from data sheets, if it was fp32 over 100 Gb/s with gradients sent after the backward pass, which the "
+    "paper does not say: 81.5 h in full, 39.6 in stages; the paper's 41 h for 480,000 steps scale to 85.4, and it has "
+    "40. BERT-Large comes out 1.5 times as long",
     "2026-11-21-paper-cluster.md",
 )
 _SMALL = Ours(

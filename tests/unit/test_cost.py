@@ -22,6 +22,7 @@ from mslt.cost import (
     operations,
     probes,
     scaled,
+    slot_parameters,
     stage_cost,
     step_parts,
     step_total,
@@ -54,6 +55,25 @@ def recipe_of(sections: dict[str, Any], depth: int, pairs: bool, **schedule: Any
     model["num_hidden_layers"], data["next_sentence_prediction"] = depth, pairs
     schedule = schedule or {"name": "full"}
     return parse_recipe({**sections, "model": model, "data": data, "schedule": {"steps": 120, **schedule}}, "recipe")
+
+
+def test_a_step_waits_for_gradients_that_do_not_travel_beside_its_layers_or_the_next_steps_frozen_ones(
+    tiny_plan: Plan,
+) -> None:
+    first, top, whole = tiny_plan.stages[0], tiny_plan.stages[1], tiny_plan.stages[-1]
+    embeddings = slot_parameters(tiny_plan.model, "embeddings")
+    for stage in (first, top, whole):
+        trainable = stage_cost(tiny_plan.model, stage).trainable_parameters
+        for a_parameter in (1e-9, 1e-3):
+            alone = StepCosts(1.0, 0.5, 2.0, heads_backward=1.0, reduce_parameter=a_parameter)
+            parts = step_parts(alone, tiny_plan.model, stage)
+            assert parts["reduce"] == trainable * a_parameter
+            beside = step_parts(replace(alone, overlap=0.5), tiny_plan.model, stage)
+            last = embeddings * a_parameter if stage is not top else 0.0
+            with_graph = layers_with_graph(stage)
+            hides = 0.5 * (2.0 * with_graph + 0.5 * (stage.depth - with_graph))
+            assert beside == {**parts, "reduce": max(trainable * a_parameter - hides, last)}
+    assert scaled(replace(alone, overlap=0.5), 0.25).overlap == 0.5
 
 
 def timings(costs: StepCosts, plan: Plan) -> list[dict[str, float]]:
