@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -77,12 +78,17 @@ def train(
 
     left = Left(f"{run_path(recipe, run_dir)}: left, with no workers running; the same command goes on")
 
-    def leave_at_last() -> None:
-        print(f"mslt: {left}", file=sys.stderr, flush=True)
+    meeting: Meeting | None = None
+
+    def leave_at_once() -> None:
+        with suppress(OSError):  # the terminal may be what has gone
+            os.write(2, f"mslt: {left}\n".encode())  # print cannot be entered twice
         os._exit(left.exit_status)
 
     def leave(_number: int, _: FrameType | None) -> None:
-        latest = threading.Timer(LEAVE_S, leave_at_last)  # where what is raised here is swallowed
+        if meeting is None:  # nobody to tell; and an import would make another error of what is raised here
+            leave_at_once()
+        latest = threading.Timer(LEAVE_S, leave_at_once)  # where what is raised here is swallowed
         latest.daemon = True
         latest.start()
         raise left
@@ -107,7 +113,6 @@ def train(
     arguments = [recipe, "--run-dir", str(run.path), "--shards", str(opened.shards)]
     arguments += ["--timeout-minutes", str(timeout_minutes)]
 
-    meeting = None
     if hosts is not None:
         meeting = Meeting(hosts, node_rank or 0, master_port, min_nodes or len(hosts.names), timeout_minutes, plan, run)
 

@@ -70,8 +70,33 @@ def test_told_to_leave_while_it_waits_for_the_others_a_host_leaves(
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.returncode == 75, said
     assert f"mslt: {tmp_path / 'run'}: left, with no workers running; the same command goes on" in said
+
+
+AT_AN_IMPORT = """
+import os, signal
+from mslt import preflight
+from mslt.cli.main import main
+
+def check_recipe(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    except Exception as error:  # so does the import of an extension module that needs numpy
+        raise ImportError("numpy failed to import") from error
+
+preflight.check_recipe = check_recipe
+main()
+"""
+
+
+def test_told_to_leave_where_what_is_raised_becomes_another_error_a_host_leaves(tmp_path: Path) -> None:
+    hostfile = written(tmp_path, "127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    command = ["train", "bert-base", "--run-dir", tmp_path / "run", "--hostfile", hostfile, "--node-rank", "1"]
+    run = [sys.executable, "-c", AT_AN_IMPORT, *map(str, command)]
+    process = subprocess.run(run, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.returncode == 75, process.stderr
+    assert "left, with no workers running; the same command goes on" in process.stderr
 
 
 def test_the_command_for_every_host_comes_through_shells_and_pdsh(
