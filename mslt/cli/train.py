@@ -80,13 +80,15 @@ def train(
 
     meeting: Meeting | None = None
 
+    line = f"mslt: {left}\n".encode(errors="backslashreplace")  # a path may hold any bytes
+
     def leave_at_once() -> None:
         with suppress(OSError):  # the terminal may be what has gone
-            os.write(2, f"mslt: {left}\n".encode())  # print cannot be entered twice
+            os.write(2, line)  # where the signal came inside a print, another would raise
         os._exit(left.exit_status)
 
     def leave(_number: int, _: FrameType | None) -> None:
-        if meeting is None:  # nobody to tell; and an import would make another error of what is raised here
+        if meeting is None:  # no other host to tell; what is raised here an import might turn into an error of its own
             leave_at_once()
         latest = threading.Timer(LEAVE_S, leave_at_once)  # where what is raised here is swallowed
         latest.daemon = True

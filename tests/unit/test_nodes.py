@@ -1,5 +1,6 @@
 """A hostfile: what DeepSpeed reads, and what is refused before a run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,24 +80,30 @@ import os, signal
 from mslt import preflight
 from mslt.cli.main import main
 
-def check_recipe(*_):
+def imports(*_):
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
     except Exception as error:  # so does the import of an extension module that needs numpy
         raise ImportError("numpy failed to import") from error
 
-preflight.check_recipe = check_recipe
+preflight.WHERE = imports
 main()
 """
 
 
-def test_told_to_leave_where_what_is_raised_becomes_another_error_a_host_leaves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [b"run", b"\xff"], ids=["run", "no UTF-8"])
+@pytest.mark.parametrize("is_alone", [True, False], ids=["one host", "of two hosts"])
+def test_told_to_leave_where_what_is_raised_becomes_another_error_a_host_leaves(
+    tmp_path: Path, is_alone: bool, name: bytes
+) -> None:
     hostfile = written(tmp_path, "127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
-    command = ["train", "bert-base", "--run-dir", tmp_path / "run", "--hostfile", hostfile, "--node-rank", "1"]
-    run = [sys.executable, "-c", AT_AN_IMPORT, *map(str, command)]
-    process = subprocess.run(run, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert process.returncode == 75, process.stderr
-    assert "left, with no workers running; the same command goes on" in process.stderr
+    several: list[str | Path] = [] if is_alone else ["--hostfile", hostfile, "--node-rank", "1"]
+    command = ["train", "bert-base", "--run-dir", tmp_path / os.fsdecode(name), *several]
+    script = AT_AN_IMPORT.replace("WHERE", "open_recipe" if is_alone else "check_recipe")
+    process = subprocess.run([sys.executable, "-c", script, *map(str, command)], stderr=subprocess.PIPE, timeout=60)
+    said = process.stderr.decode(errors="backslashreplace")
+    assert process.returncode == 75, said
+    assert "left, with no workers running; the same command goes on" in said
 
 
 def test_the_command_for_every_host_comes_through_shells_and_pdsh(
