@@ -12,4 +12,4 @@ mypy > "$types" 2>&1 & checking=$!
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 wait $checking || { failed=$?; cat "$types"; }
 rm "$types"
-exit ${failed:-0}
+exit "${failed:-0}"
