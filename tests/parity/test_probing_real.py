@@ -110,7 +110,8 @@ def test_a_real_encoder_forgets_its_words_upwards(minilm: Path, tmp_path: Path) 
 
 
 def test_words_of_a_run_of_ours(tmp_path: Path) -> None:
-    """P5: whether the last layer reads words back better than the one below is reported, not asserted."""
+    """P5: whether the last layer reads words back better than the one below is reported, not asserted; nor is it
+    that an untrained encoder keeps less: its layers hand through what they are given, and it may keep more."""
     if "MSLT_TEST_RUN" not in os.environ:
         pytest.skip("MSLT_TEST_RUN names no run directory")
     run = Path(os.environ["MSLT_TEST_RUN"])
@@ -130,4 +131,6 @@ def test_words_of_a_run_of_ours(tmp_path: Path) -> None:
     name = next(iter(found))
     assert (Checkpoint(name, str(model)).folder("mlm", tmp_path) / "heatmap.png").is_file()
     print(f"last layer minus the one below: {trained['accuracy'][-1] - trained['accuracy'][-2]:+.4f}")
-    assert untrained["accuracy"][-1] < trained["accuracy"][-1]
+    print(f"last layer: {trained['accuracy'][-1]:.4f}, untrained {untrained['accuracy'][-1]:.4f}")
+    for result in (trained, untrained):
+        assert result["accuracy"][-1] > result["majority"]
