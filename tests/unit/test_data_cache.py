@@ -22,7 +22,7 @@ from mslt.data.shards import open_shards
 
 CORPUS = "0123456789abcdef0123456789abcdef"
 KEY = {"epoch": 3, "seed": 0}
-meeting: list[Barrier] = []  # one, of forked processes
+meeting: list[Barrier] = []  # one, of the processes started below
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def ask(told: Path) -> float:
 
 
 def test_one_process_makes_and_the_others_wait(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         sums = pool.map(ask, [tmp_path / "told"] * 4, chunksize=1)
     assert len(set(sums)) == 1
     assert (tmp_path / "told").read_text() == "x"
@@ -272,11 +272,14 @@ def ask_for_what_cannot_be_kept(told: Path) -> float:
     return float(cached(CORPUS, "train-epoch", KEY, make)["few"].sum())
 
 
-def test_what_cannot_be_kept_is_not_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mslt.files.os.fsync", full_disk)
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setitem(globals(), "meeting", [context.Barrier(3)])
-    with context.Pool(4) as pool:
+def on_a_full_disk(barrier: Barrier) -> None:
+    meeting.append(barrier)
+    os.fsync = full_disk
+
+
+def test_what_cannot_be_kept_is_not_made_one_by_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may never end
+    with context.Pool(4, on_a_full_disk, (context.Barrier(3),)) as pool:
         assert pool.map(ask_for_what_cannot_be_kept, [tmp_path / "told"] * 4, chunksize=1) == [45.0] * 4
     assert (tmp_path / "told").read_text() == "xxxx"
 
