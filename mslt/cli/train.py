@@ -79,7 +79,6 @@ def train(
     left = Left(f"{run_path(recipe, run_dir)}: left, with no workers running; the same command goes on")
 
     meeting: Meeting | None = None
-
     line = f"mslt: {left}\n".encode(errors="backslashreplace")  # a path may hold any bytes
 
     def leave_at_once() -> None:
